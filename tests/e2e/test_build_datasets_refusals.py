@@ -71,6 +71,15 @@ def test_modality_without_images(tmp_path: Path, inputs: Inputs, modality: str, 
         build(tmp_path, inputs, modalities=["clean", modality])
 
 
+def test_all_modalities_without_images_are_left_out_at_once(tmp_path: Path, inputs: Inputs) -> None:
+    """The default's other one stood in the fix, which was refused in its turn."""
+    with pytest.raises(ConfigError, match=r"or leave it out: modalities: \[clean\]"):
+        build(tmp_path, inputs, modalities=["clean", "clean_images", "vision"])
+    with pytest.raises(ConfigError) as error:
+        build(tmp_path, inputs, modalities=["vision"])
+    assert "leave it out" not in str(error.value)
+
+
 def test_unscored_reviews_are_refused_or_counted(tmp_path: Path) -> None:
     papers, reviews = make_rows(200)
     corpus = make_corpus(tmp_path / "corpus", papers, reviews)

@@ -140,14 +140,14 @@ def check_buildable(
                 expected=f"papers with decision in {list(decisions)}, to make preference pairs of",
                 fix=f"name the decisions that the corpus has: decisions: [{', '.join(sorted(found.decisions))}]",
             )  # fmt: skip
-    for modality in modalities:
-        if modality != "clean" and not found.with_images[modality]:
-            images = "figures" if modality == "clean_images" else "page images"
-            rest = [other for other in modalities if other != modality]
-            raise ConfigError(
-                f"modality '{modality}' is asked for, but no paper has {images}",
-                fix=f"ingest the papers' PDFs or {images}, or leave it out: modalities: [{', '.join(rest)}]",
-            )  # fmt: skip
+    lacking = [modality for modality in modalities if modality != "clean" and not found.with_images[modality]]
+    if lacking:
+        images = "figures" if lacking[0] == "clean_images" else "page images"
+        rest = ", ".join(modality for modality in modalities if modality not in lacking)
+        raise ConfigError(
+            f"modality '{lacking[0]}' is asked for, but no paper has {images}",
+            fix=f"ingest the papers' PDFs or {images}" + (f", or leave it out: modalities: [{rest}]" if rest else ""),
+        )
 
 
 def _why_unscored(num_unscored: int, scores: Sequence[Artifact]) -> str:
