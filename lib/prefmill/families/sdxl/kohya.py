@@ -169,7 +169,8 @@ def _change(given: Factors) -> tuple[Tensor, int | None]:
         up, down = (given[f"lora_{side}.weight"].flatten(1) for side in ("up", "down"))
         mid = given.get("lora_mid.weight")
         return up @ down if mid is None else torch.einsum(_TUCKER, mid, up.T, down), len(down)
-    small, large = _product(given, "lokr_", "1"), _product(given, "lokr_", "2")
+    # In one piece: torch.kron views what einsum may leave in strides.
+    small, large = (_product(given, "lokr_", side).contiguous() for side in "12")
     small = small.reshape(*small.shape, *[1] * (large.dim() - small.dim()))
     ranks = [len(given[name]) for name in ("lokr_w2_b", "lokr_w1_b") if name in given]
     return torch.kron(small, large), ranks[0] if ranks else None

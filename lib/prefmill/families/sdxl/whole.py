@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from safetensors.torch import load_file
+from torch import Tensor, nn
 
 from prefmill.core.errors import InputError
 from prefmill.families.causal.whole import require_whole
@@ -79,4 +80,18 @@ def require_whole_adapter(pipeline: Any, file: Path, name: str) -> None:
             "the adapter does not fit the pipeline", where=file, expected="one that is read whole",
             got=counts if lost else "factors or magnitudes that the file lacks",
             fix="give the base that it was trained on, and the file as it was written",
+        )  # fmt: skip
+    if given[1]:
+        _require_magnitudes([value for key, value in weights if "lora_magnitude_vector" in key], file)
+
+
+def _require_magnitudes(taken: Sequence[Tensor], file: Path) -> None:
+    """Raise InputError where these are not the file's: transformers passes over those of text encoders."""
+    stored = [value for key, value in load_file(file).items() if _PATTERNS[1].search(key)]
+    found, wanted = (sum(value.double().sum().item() for value in values) for values in (taken, stored))
+    if abs(found - wanted) > 1e-3 * abs(wanted):  # half precision rounds each
+        raise InputError(
+            "DoRA's magnitudes do not arrive in the pipeline", where=file, got=f"their sum is {found:.6g}",
+            expected=f"{wanted:.6g}, as in the file",
+            fix="merge it into its base with the tool that made it, and give that pipeline",
         )  # fmt: skip

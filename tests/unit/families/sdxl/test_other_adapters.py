@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from prefmill.core.errors import InputError
 from prefmill.demo.tiny_models import build
 from prefmill.families.sdxl.generator import add_adapter
-from prefmill.families.sdxl.kohya import original_unet_names
+from prefmill.families.sdxl.kohya import adapted, original_unet_names
 
 PART = {"flux_dev": "transformer", "sd3": "transformer", "sdxl": "unet"}
 PAIRS = [("lora_down", "lora_up"), ("lora.down", "lora.up"), ("lora_A.default", "lora_B.default")]
@@ -124,3 +125,45 @@ def test_a_unets_layers_have_the_names_of_its_original_code() -> None:
     assert set(found) == set(whole.values())
     assert all(name == ours for name, ours in found.items())
     assert "output_blocks.2.1.conv" in pairs
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_a_text_encoders_dora_that_is_read_in_part_is_refused(
+    opened: Callable[[str], Any], tmp_path: Path, half: bool
+) -> None:
+    """diffusers' own saver writes it; its magnitudes were those of the base again: an eighth of the change was lost."""
+    from diffusers import StableDiffusionXLPipeline
+    from diffusers.utils import convert_state_dict_to_diffusers
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    given: dict[str, Any] = {}
+    for part, layers in (("unet", ["to_q"]), ("text_encoder", ["q_proj"])):
+        model = getattr(opened("sdxl"), part)
+        model.add_adapter(LoraConfig(r=2, target_modules=layers, use_dora=True))
+        for name, value in model.named_parameters():
+            value.data = value.data * 1.2 if "magnitude" in name else value.data + 0.1 * ("lora_B" in name)
+        state = get_peft_model_state_dict(model)
+        state = {name: value.half() if half else value for name, value in state.items()}
+        given[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(state) if part != "unet" else state
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path / "unet", unet_lora_layers=given["unet_lora_layers"])
+    add_adapter(opened("sdxl"), tmp_path / "unet", 1.0)
+    StableDiffusionXLPipeline.save_lora_weights(tmp_path / "both", **given)
+    with pytest.raises(InputError, match="DoRA's magnitudes do not arrive"):
+        add_adapter(opened("sdxl"), tmp_path / "both", 1.0)
+
+
+def test_lokr_with_a_core_is_the_product_of_its_three_factors() -> None:
+    """LyCORIS' use_tucker: torch.kron refuses the strides that einsum leaves, and the file was refused."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = {"lokr_w1": (2, 2), "lokr_w2_a": (3, 8), "lokr_w2_b": (3, 4), "lokr_t2": (3, 3, 3, 3)}
+    given = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    weight = torch.randn(16, 8, 3, 3, generator=generator)
+    small, a, b, core = (given[name].double().numpy() for name in shapes)
+    large = sum(core[i, j] * a[i][:, None, None, None] * b[j][None, :, None, None] for i in range(3) for j in range(3))
+    change = np.empty((16, 8, 3, 3))
+    for row in range(2):
+        for column in range(2):
+            change[8 * row : 8 * row + 8, 4 * column : 4 * column + 4] = small[row, column] * large
+    found = adapted(weight, {**given, "alpha": torch.tensor(1.5)}, "merged", 1.0) - weight
+    np.testing.assert_allclose(found.numpy(), 1.5 / 3 * change, atol=1e-5)
