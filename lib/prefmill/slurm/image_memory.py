@@ -97,6 +97,7 @@ def count_unet(name: str, config: SdxlPreferenceConfig) -> Counted:
     channels, side = said["in_channels"] // (backbone.patch**2 if backbone.packed else 1), config.resolution // 8
     tokens = _TOKENS * backbone.clip_states + sum(backbone.reads(said).values())
     text = said.get("cross_attention_dim") or said["joint_attention_dim"]
+    text = text if isinstance(text, int) else text[0]  # one a block; those that are trained have one for all
     with torch.device("meta"):
         model = make.from_config(said).train()
         nn.Module.to(model, dtype)

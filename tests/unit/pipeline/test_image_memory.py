@@ -71,6 +71,16 @@ def test_other_backbones_are_counted_with_their_own_conditions(tmp_path: Path) -
         assert disk in counted.on_disk
 
 
+def test_a_width_of_text_for_each_block_is_counted_as_one_for_all(tmp_path: Path) -> None:
+    """diffusers takes both, and trained both; the estimate was a TypeError."""
+    names = [tmp_path / "one", tmp_path / "each"]
+    for folder, width in zip(names, (64, [64, 64]), strict=True):
+        folder.mkdir()
+        small(folder, **{**SMALL, "cross_attention_dim": width})
+    one, each = (count_unet(str(folder), unet(resolution=64)) for folder in names)
+    assert one == each
+
+
 def test_sdxl_and_its_adapter_have_the_numbers_that_diffusers_gives_them() -> None:
     import torch
     from diffusers import UNet2DConditionModel
