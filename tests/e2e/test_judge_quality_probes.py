@@ -100,6 +100,21 @@ def test_a_judge_that_minds_the_order_of_items_is_seen_through(
     assert any("no P(yes) moves by more than 1.0000" in line for line in quality["conclusion"])
 
 
+def test_another_model_behind_the_judges_name_is_told(
+    tmp_path: Path,
+    corpus: Artifact,
+    scores: Artifact,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An alias that was moved on between the scores and the probes: what changed looked like a bias."""
+    measure(tmp_path / "t", {"corpus": corpus, "scores": scores}, num_probed=2)
+    assert "probed by" not in caplog.text
+    monkeypatch.setattr(LexicalEngine, "label", "lexical (newer)")
+    measure(tmp_path / "u", {"corpus": corpus, "scores": scores}, num_probed=2)
+    assert "scores: scored by lexical and probed by lexical (newer)" in caplog.text
+
+
 def test_an_instruction_that_works_is_measured(tmp_path: Path, corpus: Artifact) -> None:
     """A rule that says yes to the word 'ignore' falls for two of the injections, one for two lines for the padding."""
     items = [

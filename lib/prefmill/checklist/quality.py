@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -31,6 +32,7 @@ from prefmill.store.jsonl import write_jsonl
 
 QUALITY, LABELLED, BETWEEN, PROBES = "quality.json", "labelled.jsonl", "between.jsonl", "probes.jsonl"
 FITTED_ON = "dev"
+_log = logging.getLogger(__name__)
 Found = dict[str, Any]
 Row = dict[str, Any]
 
@@ -270,14 +272,21 @@ def _probe(
     backwards = Checklist(name=asked.name, items=asked.items[::-1])
     engine = judge.engine_config().model_copy(update={"evidence": False})  # a second pass that nothing here reads
 
+    asking: list[Engine] = []
+
     def opened() -> Engine:
-        return open_engine(engine, backwards)
+        asking.append(open_engine(engine, backwards))
+        return asking[0]
 
     ids = sample(list(judge.by_id), config.num_probed, config.seed)
     reviews = list(sampled_reviews(corpus, shards, ids))
     # Not in the output: an attempt that is killed leaves its rows there for the next one.
     folder = task.work / f"probes-{judge.name}"
     rows = list(ask(reviews, judge.checklist, opened, config.seed, folder, task.advance))
+    for found in asking:
+        if found.label != judge.engine:
+            told = "%s: scored by %s and probed by %s, so answers asked again differ for that reason too"
+            _log.warning(told, judge.name, judge.engine, found.label)
     if all(row["answers"] is None for row in rows):
         raise InputError(
             "none of the probed reviews could be asked about", where=judge.name, got=rows[0]["reason"],
