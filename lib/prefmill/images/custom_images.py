@@ -319,5 +319,9 @@ def _own_image(folder: Path, row: dict[str, str], where: str, short: str) -> Sou
         )  # fmt: skip
     # Resolved, so that neither `..` nor a symbolic link leads to a file elsewhere.
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise InputError("an image outside its folder", where=where, got=file, fix="put it below the folder")
+        leads = f"{file}, a link to {path.resolve()}" if path.is_symlink() else file
+        raise InputError(
+            "an image outside its folder", where=where, got=leads,
+            fix="put it below the folder; of one with links, as in the hub's cache, give a copy made by `cp -rL`",
+        )  # fmt: skip
     return SourceImage(image_id, prompt_id, prompt, path, file, short)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import logging
+import subprocess
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -71,6 +72,19 @@ def test_a_file_with_two_spaces_in_its_name_is_that_file(tmp_path: Path) -> None
     listing = "prompt,file,prompt_id,image_id\na cat,a  b.png,c,c/a\na cat,b.png,c,c/b\n"
     written(tmp_path, images_csv=listing, ratings_csv=RATING.replace("a.png", "a  b.png"))
     assert rated(tmp_path).images["c/a"].path.name == "a  b.png"
+
+
+def test_pictures_that_are_links_elsewhere_are_told_with_a_copy_that_is_read(tmp_path: Path) -> None:
+    """As in a snapshot of the hub's cache: `put it below the folder`, of a file that is there, helped nobody."""
+    (tmp_path / "snapshot").mkdir()
+    written(tmp_path / "snapshot")
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"blob-{name}")
+        (tmp_path / "snapshot" / name).symlink_to(tmp_path / f"blob-{name}")
+    with pytest.raises(InputError, match=r"outside its folder[\s\S]*a link to .*blob-a.png[\s\S]*cp -rL"):
+        list(read_own_images(tmp_path / "snapshot"))
+    subprocess.run(["cp", "-rL", str(tmp_path / "snapshot"), str(tmp_path / "copy")], check=True)
+    assert len(list(read_own_images(tmp_path / "copy"))) == 2
 
 
 def test_a_prompt_that_a_line_break_cuts_is_refused(tmp_path: Path) -> None:
