@@ -31,7 +31,18 @@ def add_adapter(model: PreTrainedModel, config: TrainingConfig, frozen: Sequence
     if config.lora.start is not None:
         return put_on(model, config.lora.start, trainable=True)
     task = "CAUSAL_LM" if hasattr(model, "prepare_inputs_for_generation") else None  # which encoders (BERT) have not
-    return new_adapter(model, config, task_type=task, exclude_modules=list(frozen) or None)
+    return new_adapter(model, config, task_type=task, exclude_modules=[*frozen, *_more_than_linear(model)] or None)
+
+
+def _more_than_linear(model: PreTrainedModel) -> list[str]:
+    """Layers that are linear ones by their class and do more (Llama 4's routers give two values): no adapter fits."""
+    from torch import nn
+
+    return [
+        name for name, part in model.named_modules()
+        if isinstance(part, nn.Linear) and type(part).__module__.startswith("transformers.models.")
+        and type(part).forward is not nn.Linear.forward
+    ]  # fmt: skip
 
 
 def new_adapter(model: Any, config: TrainingConfig, **more: Any) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from prefmill.core.config import validate
+from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Metrics, Task
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
@@ -37,7 +38,15 @@ def with_a_cap() -> Any:
     return RecurrentGemmaForCausalLM(RecurrentGemmaConfig(**SIZES, **more))
 
 
-@pytest.fixture(params=[with_a_layer_before_its_head, with_a_cap])
+def without_a_base() -> Any:
+    """Its attribute has another name than `base_model_prefix`: TRL looks for the last layer in the whole model."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    more = {"intermediate_size_mlp": 64, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 2}
+    return Llama4ForCausalLM(Llama4TextConfig(**SIZES, **more))
+
+
+@pytest.fixture(params=[with_a_layer_before_its_head, with_a_cap, without_a_base])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A model and chats of different lengths."""
     import torch
@@ -53,7 +62,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return tmp_path
 
 
-def train(folder: Path, more: dict[str, Any]) -> Metrics:
+def train(folder: Path, more: dict[str, Any], *turns: Any) -> Metrics:
     from prefmill.families.causal.sft import train_sft
 
     keys = {"learning_rate": 1e-3, "num_train_epochs": 1, "precision": "fp32", "effective_batch_size": 4,
@@ -61,7 +70,7 @@ def train(folder: Path, more: dict[str, Any]) -> Metrics:
             "max_length": 64}  # fmt: skip
     (folder / "out").mkdir(exist_ok=True)
     task, rows = Task("r", "sft", "clean", {}, {}, {}, folder / "out", folder / "logs"), folder / "data.jsonl"
-    return train_sft(validate(TrainingConfig, {**keys, **more}), task, str(folder / "model"), rows, rows)
+    return train_sft(validate(TrainingConfig, {**keys, **more}), task, str(folder / "model"), rows, rows, *turns)
 
 
 def first_loss(folder: Path) -> float:
@@ -96,6 +105,16 @@ def test_its_first_loss_is_that_of_plain_transformers(
     assert first_loss(folder) == pytest.approx(plain_loss(folder), abs=1e-4)
     assert metrics["val_loss"] < first_loss(folder)
     assert "by its own forward" in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", [without_a_base], indirect=True)
+def test_its_balancing_loss_has_its_own_weight(folder: Path) -> None:
+    from prefmill.families.causal.chat_rows import TrainedTurns
+
+    with pytest.raises(ConfigError, match="leave router_aux_loss_coef out"):
+        train(folder, {}, TrainedTurns(router_aux_loss_coef=0.1))
+    train(folder, {})
 
 
 @pytest.mark.slow

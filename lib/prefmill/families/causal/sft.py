@@ -78,7 +78,7 @@ def train_sft(
         load=lambda: _load_trained(model_name, config, turns, any(chats.train["image_paths"]) if reader else False),
         data=chats,
         processor=processor,
-        check=lambda model: _check_losses(model, config, model_name),
+        check=lambda model: _check_losses(model, config, model_name, turns.router_aux_loss_coef),
         publish=lambda trainer: publish(trainer, processor, config, task, model_name, rescoring),
         counts={"train_rows": len(chats.train), **recorded_day(tokenizer)},
         logged={"val_loss": "eval_loss"},
@@ -185,12 +185,21 @@ def _load_trained(name: str, config: TrainingConfig, parts: TrainedTurns, with_i
     return add_adapter(model, config, freeze(model, parts, with_images))
 
 
-def _check_losses(model: Any, config: TrainingConfig, name: str) -> None:
-    """See by which forward `model` learns its own loss; raises InputError where neither has it of padded rows."""
+def _check_losses(model: Any, config: TrainingConfig, name: str, balancing: float | None) -> None:
+    """See by which forward `model` learns its own loss; raises InputError where neither has it of padded rows.
+
+    ConfigError for `balancing` of a model that learns by its own forward.
+    """
     own, computed = own_likelihoods(model), rounding(model, config)
     if config.per_device_train_batch_size > 1:
         check_rows(model, name, own, computed)
     model.uses_own_loss = not agrees_with_fused_head(model, own, computed)
+    if model.uses_own_loss and balancing:
+        raise ConfigError(
+            "the weight of the experts' balancing loss cannot be set here", where=name,
+            got=f"router_aux_loss_coef={balancing}", expected="the model's own loss, which its configuration settles",
+            fix="leave router_aux_loss_coef out",
+        )  # fmt: skip
 
 
 def sft_rescoring(config: TrainingConfig, rows: Dataset, collate: Any) -> Rescoring:
