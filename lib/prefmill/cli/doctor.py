@@ -19,7 +19,7 @@ from typing import Literal
 from packaging.requirements import Requirement
 
 from prefmill.core.places import expand_home
-from prefmill.distributed.devices import usable_cpus
+from prefmill.distributed.limits import ProcessLimits, machine_memory
 
 Verdict = Literal["ok", "note", "fail"]
 _LOW_DISK_GB = 20
@@ -45,6 +45,7 @@ def examine(workspace: Path, model: str | None = None, as_json: bool = False) ->
         check_python,
         check_packages,
         check_accelerators,
+        check_memory,
         check_slurm,
         lambda: check_disk(workspace),
         check_hub,
@@ -108,8 +109,17 @@ def check_accelerators() -> Iterator[Diagnosis]:
         yield from (Diagnosis("ok", f"GPU {line.strip()}") for line in listed.splitlines())
     else:
         yield Diagnosis(
-            "note", f"no GPU: training runs on {usable_cpus()} CPU cores", "use `prefmill run` with tiny models here"
+            "note",
+            f"no GPU: training runs on {ProcessLimits().cpus()} CPU cores",
+            "use `prefmill run` with tiny models here",
         )
+
+
+def check_memory() -> Iterator[Diagnosis]:
+    """The memory that may be used, which a container or a job limits below what the machine has."""
+    allowed, has = ProcessLimits().memory() / 1e9, machine_memory() / 1e9
+    limited = f" of the machine's {has:.0f}: a control group or Slurm allows no more" if allowed < has else ""
+    yield Diagnosis("ok", f"memory: {allowed:.1f} GB{limited}")
 
 
 def check_slurm() -> Iterator[Diagnosis]:

@@ -12,6 +12,8 @@ from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from prefmill.core.disk import refusal_untold
+
 
 class PrefmillError(Exception):
     """A failure explained to the user; anything else that escapes is a bug in prefmill.
@@ -59,6 +61,7 @@ class AttemptError(PrefmillError):
         super().__init__(what, **details)
 
 
+_SERVER = (errno.EIO, errno.ESTALE)
 # Refusals that a user can end; any other OSError may be a bug, and keeps its traceback.
 _DISK_FIXES = {
     errno.ENOSPC: "free space on that disk, or set `workspace` to a larger one, and run again: finished work is kept",
@@ -68,10 +71,10 @@ _DISK_FIXES = {
     errno.EACCES: "have its owner give you access, or set `workspace` to a folder of yours",
     errno.EPERM: "have its owner give you access, or set `workspace` to a folder of yours",
 } | dict.fromkeys(
-    (errno.EIO, errno.ESTALE),
+    _SERVER,
     "the disk or its server fails: run again when it answers, or set `workspace` to another; finished work is kept",
 )  # fmt: skip
-_IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)  # which libraries tell in the system's words
+_IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)  # which libraries tell in the system's words
 
 
 def explain_os_error(error: BaseException, folder: Path | None = None) -> PrefmillError | None:
@@ -81,7 +84,7 @@ def explain_os_error(error: BaseException, folder: Path | None = None) -> Prefmi
     """
     if isinstance(error, PrefmillError):  # it has said what and where
         return None
-    if not isinstance(error, OSError):
+    if not isinstance(error, OSError) or error.errno is None:
         return _explain_a_librarys(str(error), folder)
     if error.errno == errno.ENOTDIR or (error.errno == errno.EEXIST and os.path.isfile(error.filename)):
         return PrefmillError(
@@ -93,6 +96,8 @@ def explain_os_error(error: BaseException, folder: Path | None = None) -> Prefmi
     where = error.filename or folder
     if error.errno in (errno.EACCES, errno.EPERM):  # to read as to write
         return PrefmillError(f"no access: {error.strerror}", where=where, fix=fix)
+    if error.errno in _SERVER:  # too
+        return PrefmillError(f"the disk fails: {error.strerror}", where=where, fix=fix)
     room = _room(Path(where)) if where and error.errno == errno.ENOSPC else None
     return PrefmillError(f"cannot write: {error.strerror}", where=where or "(file not named)", got=room, fix=fix)
 
@@ -110,13 +115,18 @@ def explained(folder: Path | None = None) -> Iterator[None]:
 
 def _explain_a_librarys(text: str, folder: Path | None) -> PrefmillError | None:
     """The same of the libraries that save weights: they raise errors of their own, no OSError."""
-    match = re.search(r"\(os error (\d+)\)", text)  # safetensors, as Rust words it
+    # safetensors, as Rust words it, and a process of a DataLoader: its error has the words of Python's alone.
+    match = re.search(r"\(os error (?P<number>\d+)\)(?: at path \"(?P<path>[^\"]+)\")?", text) or re.search(
+        r"^\w+Error: \[Errno (?P<number>\d+)\] [^:\n]+(?:: '(?P<path>[^'\n]+)')?$", text, re.MULTILINE
+    )
     cut = "inline_container" in text and "unexpected pos" in text  # torch.save, in the middle of a file
     said = next((known for known in _IN_WORDS if os.strerror(known) in text), 0)
-    number = errno.ENOSPC if cut or text == "database or disk is full" else int(match[1]) if match else said
+    number = errno.ENOSPC if text == "database or disk is full" else int(match["number"]) if match else said
+    if cut or text == "disk I/O error":  # SQLite, of all but a full disk
+        number = refusal_untold(folder, errno.ENOSPC if cut else errno.EIO).errno or 0 if folder else errno.ENOSPC
     if number not in _DISK_FIXES:
         return None
-    return explain_os_error(OSError(number, os.strerror(number)), folder)
+    return explain_os_error(OSError(number, os.strerror(number), match["path"] if match else None), folder)
 
 
 def _room(path: Path) -> str:

@@ -133,22 +133,6 @@ def open_as_umask_says(path: Path) -> None:
             path.chmod(mode | wanted)
 
 
-def refusal(folder: Path, num_bytes: int) -> OSError | None:
-    """What the disk says to a file of that size in `folder`; None where it takes it. A quota is seen by trying only."""
-    probe = folder / f".room{unique_suffix()}"
-    try:
-        with probe.open("wb") as stream:
-            # A file that is only made longer takes no blocks, and no quota would object.
-            os.posix_fallocate(stream.fileno(), 0, num_bytes)
-    except OSError as error:
-        error.filename = str(folder)
-        return error
-    finally:
-        with contextlib.suppress(OSError):  # a read-only disk refuses that too, of a file that is not there
-            probe.unlink()
-    return None
-
-
 @contextlib.contextmanager
 def _naming(path: Path) -> Iterator[None]:
     """What the disk refuses to a descriptor names no file: name this one."""

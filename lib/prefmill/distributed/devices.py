@@ -18,8 +18,6 @@ from prefmill.core.places import STAGES
 if TYPE_CHECKING:
     import torch
 
-_CONTROL_GROUPS = Path("/sys/fs/cgroup")
-
 
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, as CUDA_VISIBLE_DEVICES names them."""
@@ -46,24 +44,6 @@ def _may_open(device: Path) -> bool:
 def machine_has_gpu() -> bool:
     """Whether a GPU of NVIDIA or AMD is here, whoever may use it; CUDA is not asked, or no fork could use it after."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
-
-
-def usable_cpus(groups: Path = _CONTROL_GROUPS) -> int:
-    """CPUs that this process may keep busy: those it may run on, and no more than a container's quota pays for."""
-    files = [groups / "cpu.max", groups / "cpu" / "cpu.cfs_quota_us", groups / "cpu" / "cpu.cfs_period_us"]
-    # One file of two words in version 2, two files in version 1; none, `max` and -1 are no quota.
-    words = " ".join(path.read_text() for path in files if path.is_file()).split()
-    quota = -(-int(words[0]) // int(words[1])) if len(words) == 2 and words[0].isdigit() else sys.maxsize
-    return max(1, min(len(os.sched_getaffinity(0)), quota))
-
-
-def limit_threads(groups: Path = _CONTROL_GROUPS) -> None:
-    """Have torch in processes that start after this use the threads that a container's quota of CPU time pays for.
-
-    With one for every core of the machine most would wait for the container's turn, and the others for them.
-    """
-    if (cpus := usable_cpus(groups)) < len(os.sched_getaffinity(0)):
-        os.environ.setdefault("OMP_NUM_THREADS", str(cpus))
 
 
 def is_launched() -> bool:

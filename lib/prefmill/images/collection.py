@@ -10,7 +10,7 @@ from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import GeneratedImage, Rating
-from prefmill.distributed.devices import usable_cpus
+from prefmill.distributed.limits import ProcessLimits
 from prefmill.images.files import inspect_image
 from prefmill.store.pictures import ImageError
 
@@ -110,7 +110,7 @@ def check_images(images: list[SourceImage], quarantine: Quarantine) -> dict[str,
 
     good = {}
     # Threads do: Pillow lets go of the GIL while it decodes. map keeps the order, so reruns list the same faults.
-    with ThreadPoolExecutor(usable_cpus()) as pool:
+    with ThreadPoolExecutor(ProcessLimits().cpus()) as pool:
         looked_at = tqdm(pool.map(_look, images), total=len(images), desc="check", unit="image")
         for image, found in zip(images, looked_at, strict=True):
             if isinstance(found, GoodImage):

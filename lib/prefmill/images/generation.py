@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.files import replacing, write_atomic
 from prefmill.core.image_rows import GeneratedImage, ImagePrompt
 from prefmill.distributed.devices import has_gpu
+from prefmill.distributed.limits import ProcessLimits
 from prefmill.families.sdxl.backbone import BACKBONES, Backbone, denoiser
 from prefmill.families.sdxl.generator import decode, too_long, unpacked
 from prefmill.families.sdxl.loading import require_patches
@@ -284,9 +284,7 @@ def _require_finite(latents: torch.Tensor, job: ImageJob, model: Any) -> None:
 def _fitting_cpu_batch(model: Any, sampling: ImageSampling) -> int:
     side = BACKBONES[type(model).__name__].side(denoiser(model).config) * model.vae_scale_factor
     pixels = (sampling.height or side) * (sampling.width or side)
-    # Linux leaves its file cache out of this number, so it is on the safe side.
-    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return _power_of_two(min(free / 2 / (pixels * _CPU_BYTES_PER_PIXEL), _LARGEST_CPU_BATCH))
+    return _power_of_two(min(ProcessLimits().free_memory() / 2 / (pixels * _CPU_BYTES_PER_PIXEL), _LARGEST_CPU_BATCH))
 
 
 def _power_of_two(limit: float) -> int:

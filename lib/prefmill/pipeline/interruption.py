@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from multiprocessing import forkserver, resource_tracker
 from multiprocessing.process import BaseProcess
 
-from prefmill.distributed.devices import limit_threads
+from prefmill.distributed.limits import limit_threads
 
 
 def start_fork_server() -> None:

@@ -16,13 +16,13 @@ from multiprocessing.connection import wait
 from multiprocessing.context import ForkServerProcess
 from typing import Any
 
+from prefmill.core.disk import refusal
 from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error, explained
-from prefmill.core.files import refusal
 from prefmill.core.graceful_stop import Stopped, request_stop
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.terminal import Say
-from prefmill.distributed.devices import usable_cpus
 from prefmill.distributed.isolation import end_with_parent, keep_socket_paths_short
+from prefmill.distributed.limits import ProcessLimits
 from prefmill.pipeline.interruption import interrupted_by_term, start_fork_server, wait_for_all
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.progress_display import Bar
@@ -285,7 +285,7 @@ def _run_ranks(task: PlannedTask, ranks: int, context: Task) -> Metrics:
     """The stage's work by torchrun, as in a Slurm job; a command that is interrupted lets it save first."""
     warnings = SignalWatcher(0.0)
     warnings.listen()
-    return run_elsewhere(task, context, Layout(1, ranks, usable_cpus()), warnings, {})
+    return run_elsewhere(task, context, Layout(1, ranks, ProcessLimits().cpus()), warnings, {})
 
 
 def _end_with_command() -> None:

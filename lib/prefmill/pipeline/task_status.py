@@ -53,10 +53,13 @@ def manifest_fault(output: Path) -> str | None:
         found = json.loads(path.read_text())
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError) as error:
-        return f"unreadable manifest: {path} ({error.strerror if isinstance(error, OSError) else 'no JSON'})"
-    whole = isinstance(found, dict) and "content_digest" in found
-    return "" if whole else f"unreadable manifest: {path} (no content_digest)"
+    except OSError as error:
+        return f"its manifest cannot be read: {path} ({error.strerror})"
+    except ValueError:
+        found = None
+    if isinstance(found, dict) and "content_digest" in found:
+        return ""
+    return f"unreadable manifest: {path}; to do: `prefmill run`, or `rerun` of a submitted run, makes it again"
 
 
 def is_finished(output: Path, logs: Path) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
@@ -16,6 +15,7 @@ import msgspec
 from msgspec import UNSET
 from msgspec.structs import replace
 
+from prefmill.core.disk import refusal_untold
 from prefmill.reviews.rows import DecisionRow, DeletedRow, PaperRow, Place, ReviewRow, RowError, RowProblem
 from prefmill.reviews.scale import COMMON_SCALE, Scale
 from prefmill.reviews.splits import title_key
@@ -79,9 +79,9 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._database.close()
-        # SQLite says "database or disk is full"; as ENOSPC it is told like every other full disk.
-        if isinstance(error, sqlite3.OperationalError) and "full" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path)) from error
+        # SQLite says "database or disk is full", and of a quota, say, "disk I/O error": told as of every other file.
+        if isinstance(error, sqlite3.OperationalError) and ("full" in str(error) or "I/O" in str(error)):
+            raise refusal_untold(self._path, errno.ENOSPC if "full" in str(error) else errno.EIO) from error
 
     def add(self, place: Place, item: PaperRow | DecisionRow | ReviewRow | DeletedRow) -> None:
         """Take in an item; raises RowError, naming the earlier row, when it contradicts or repeats one."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.files import refusal
+from prefmill.core.disk import refusal
 from prefmill.core.places import STATUS
 from prefmill.pipeline.attempts import idle_attempts, progressed, read_attempts
 from prefmill.pipeline.task_status import read_status

@@ -245,7 +245,7 @@ def _by_status(evidence: Evidence) -> Failure | None:
     causes: dict[Kind, bool] = {
         "no_progress": kind == "NoProgress",
         "preempted": kind == "NotRequeued",
-        "disk": error.startswith(("cannot write:", "no access:")),
+        "disk": error.startswith(("cannot write:", "no access:", "the disk fails:")),
         "early": kind == "ArtifactError" and error.startswith(INPUT_ERRORS),
         "refused": kind in _REFUSALS,
     }

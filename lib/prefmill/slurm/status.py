@@ -221,7 +221,7 @@ def _state(
     if tried and seen and tried.element in seen.unknown:
         return "unknown", seen.unknown[tried.element], job
     if fault := manifest_fault(output):
-        return "damaged", f"{fault}; to do: `prefmill run`, or `rerun` of a submitted one, makes it again", job
+        return "damaged", fault, job
     return (*_left_state(status, tried, seen, job), job)
 
 

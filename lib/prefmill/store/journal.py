@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
@@ -10,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, NamedTuple
 
+from prefmill.core.errors import PipelineError
 from prefmill.store.jsonl import parse_json, to_json
 
 _FAILED = b"failed"  # in the place of the number of tokens that were cut
@@ -61,6 +63,17 @@ class Journal(AbstractContextManager["Journal"]):
     def ordered(self, key: Callable[[Entry], tuple[str, str]]) -> Iterator[Entry]:
         """Every entry, by its key; sorted on disk, so that memory does not grow with their number."""
         self._write_held()
+        try:
+            yield from self._sorted(key)
+        except sqlite3.OperationalError as error:
+            given = (os.environ.get(name) for name in ("SQLITE_TMPDIR", "TMPDIR"))  # where SQLite makes it
+            folder = next(filter(None, given), "/var/tmp")  # noqa: S108 - told, not used
+            raise PipelineError(
+                "cannot write: no room for a temporary file", where=folder, got=str(error),
+                fix="make room there, or set SQLITE_TMPDIR to a folder on another disk, and run again: work is kept",
+            ) from error  # fmt: skip
+
+    def _sorted(self, key: Callable[[Entry], tuple[str, str]]) -> Iterator[Entry]:
         # An empty name is a database of SQLite's own, in memory up to its cache and in a temporary file beyond.
         with contextlib.closing(sqlite3.connect("")) as places, self._path.open("rb") as stream:
             places.execute("CREATE TABLE places (first BLOB, second BLOB, start INTEGER)")

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.numpy import save_file
 
-from prefmill.core.errors import explain_os_error
+from prefmill.core.errors import PrefmillError, explain_os_error
 
 ROOM = 100_000
 
@@ -74,6 +74,51 @@ def test_what_disks_and_their_servers_do_is_no_bug(error: Exception) -> None:
     explained = explain_os_error(error, Path("/w"))
     assert explained is not None
     assert "run again" in str(explained)
+    server = isinstance(error, OSError)  # which may have failed to read as well
+    assert explained.what.startswith("the disk fails: " if server else "cannot write: ")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError('Error while serializing: I/O error: Disk quota exceeded (os error 122) at path "/q/.tmpA"'),
+        PermissionError(
+            "Caught PermissionError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+            "  File \"x.py\", line 1, in f\nPermissionError: [Errno 13] Permission denied: '/q/.tmpA'\n"
+        ),
+    ],
+)
+def test_errors_that_hold_their_path_in_words_name_it(error: Exception) -> None:
+    explained = explain_os_error(error, Path("/elsewhere"))
+    assert explained is not None
+    assert explained.details["where"] == "/q/.tmpA"
+
+
+@pytest.mark.parametrize(
+    "number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE, errno.EIO], ids=errno.errorcode.__getitem__
+)
+@pytest.mark.parametrize(
+    "text", ["[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0", "disk I/O error"]
+)
+def test_a_library_that_says_not_why_is_told_what_the_disk_says(
+    text: str, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch and SQLite have the same words for a full disk, a quota and a dead server: each has a fix of its own."""
+
+    def refuse(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    explained = explain_os_error(RuntimeError(text), tmp_path)
+    assert explained is not None
+    assert os.strerror(number) in explained.what
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_explained_is_not_explained_again() -> None:
+    """A cache on a full disk of its own was told as the task's output."""
+    told = PrefmillError("cannot write: No space left on device", where="/cache/ab")
+    assert explain_os_error(told, Path("/output")) is None
 
 
 def test_a_full_disk_is_told_with_its_folder_and_room_also_for_libraries_that_name_none(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from toys import STAGES, MakeConfig
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Task
 from prefmill.distributed import devices
-from prefmill.distributed.devices import claim_device, limit_threads, usable_cpus, visible_gpus
+from prefmill.distributed.devices import claim_device, visible_gpus
 from prefmill.pipeline.worker import import_and_run
 
 
@@ -78,32 +78,3 @@ def test_gpus_that_a_jobs_control_group_forbids_are_not_counted(
 def test_asking_imports_no_torch() -> None:
     asks = "import sys; from prefmill.distributed.devices import *; visible_gpus(), rank(), world_size(), is_launched()"
     subprocess.run([sys.executable, "-c", f"{asks}; assert 'torch' not in sys.modules"], check=True, env=os.environ)
-
-
-@pytest.mark.parametrize(
-    ("files", "cpus"),
-    [
-        ({}, 64),
-        ({"cpu.max": "max 100000"}, 64),
-        ({"cpu.max": "150000 100000"}, 2),
-        ({"cpu.max": "20000 100000"}, 1),
-        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 64),
-        ({"cpu/cpu.cfs_quota_us": "400000", "cpu/cpu.cfs_period_us": "100000"}, 4),
-    ],
-    ids=["no groups", "no quota", "one and a half", "a fifth", "no quota in version 1", "four in version 1"],
-)
-def test_a_containers_quota_limits_the_threads(
-    files: dict[str, str], cpus: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """`docker --cpus 4` on 64 cores shows all of them, and threads for all wait most of the time."""
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(64)))
-    (tmp_path / "cpu").mkdir()
-    for name, text in files.items():
-        (tmp_path / name).write_text(text + "\n")
-    assert usable_cpus(tmp_path) == cpus
-    for given, threads in ((None, str(cpus) if cpus < 64 else None), ("3", "3")):
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-        if given is not None:
-            monkeypatch.setenv("OMP_NUM_THREADS", given)
-        limit_threads(tmp_path)
-        assert os.environ.get("OMP_NUM_THREADS") == threads

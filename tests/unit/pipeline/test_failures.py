@@ -37,7 +37,8 @@ def failed(kind: str, error: str, **more: Any) -> dict[str, Any]:
          "gpu_memory", "log"),
         (Evidence(failed("DistBackendError", "ncclSystemError: System call failed")), "nccl", "log"),
         (Evidence({"state": "running"}, "kernel: NVRM: Xid (PCI:0000:1b:00): 79"), "gpu", "log"),
-        (Evidence({}, "error: cannot write: Stale file handle"), "disk", "log"),
+        (Evidence({}, "error: the disk fails: Stale file handle"), "disk", "log"),
+        (Evidence(failed("PrefmillError", "the disk fails: Input/output error")), "disk", "status file"),
         (Evidence({"state": "running"}, "NVRM: Xid 94\nncclRemoteError: a peer has gone"), "gpu", "log"),
         # A status that says running says only that nobody could say more: then Slurm knows.
         (Evidence({"state": "running"}, account=JobState("OUT_OF_MEMORY", node="n1")), "host_memory", "sacct"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+import resource
 import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prefmill.core.errors import PipelineError
 from prefmill.store.journal import Entry, Journal, _entry
 
 NAMES = ["a", "b" * 3, "é", "\uffff", "\U0001f600", "Z", "", "a\x00b", "10", "9"]
@@ -68,3 +70,18 @@ def test_memory_does_not_grow_with_their_number(tmp_path: Path) -> None:
             peaks.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.stop()
     assert peaks[1] < peaks[0] + 100_000, peaks
+
+
+def test_a_full_disk_of_temporary_files_is_told_as_that(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SQLite sorts in /var/tmp or TMPDIR: the full disk was told as the one that the task writes on."""
+    monkeypatch.setenv("SQLITE_TMPDIR", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with Journal(tmp_path / "journal") as journal:
+        for number in range(12000):
+            journal.append({"key": f"{number}" + "x" * 400})
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, before[1]))
+            with pytest.raises(PipelineError, match=rf"(?s)cannot write.*{tmp_path}.*SQLITE_TMPDIR"):
+                list(journal.ordered(lambda entry: (entry.row()["key"], "")))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)

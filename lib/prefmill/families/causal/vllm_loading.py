@@ -15,6 +15,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision
 from prefmill.distributed.devices import visible_gpus
+from prefmill.distributed.limits import ProcessLimits, machine_memory
 from prefmill.families.causal.loading import load_config, model_parts
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class ImageTextProcessor(Qwen2_5_VLProcessor):
 
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 _GB = 1 << 30
+_SHARE_OF_ALLOWED = 0.9
 
 
 def require_vllm() -> None:
@@ -66,6 +68,8 @@ def open_vllm(
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
         # The prefix cache holds whole blocks: with vLLM's 128 tokens a request rereads 64 on average; 32 is its least.
         options.setdefault("block_size", 32)
+        if (allowed := ProcessLimits().memory()) < machine_memory():  # vLLM takes a share of what the machine has
+            options.setdefault("gpu_memory_utilization", _SHARE_OF_ALLOWED * allowed / machine_memory())
     from transformers.utils import is_torchvision_available
 
     base, _, adapter = model_parts(name_or_path, revision)
