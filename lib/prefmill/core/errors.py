@@ -74,6 +74,10 @@ _DISK_FIXES = {
     _SERVER,
     "the disk or its server fails: run again when it answers, or set `workspace` to another; finished work is kept",
 )  # fmt: skip
+_LIMIT_FIXES = {
+    errno.ENAMETOOLONG: "give a shorter name",
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit (`ulimit -n 65536`), and run again"),
+}
 _IN_WORDS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ESTALE)  # which libraries tell in the system's words
 
 
@@ -90,6 +94,8 @@ def explain_os_error(error: BaseException, folder: Path | None = None) -> Prefmi
         return PrefmillError(
             "a file is where a folder should be", where=error.filename, fix="name another folder, or move that file"
         )
+    if (limit := _LIMIT_FIXES.get(error.errno or 0)) is not None:
+        return PrefmillError(str(error.strerror), where=str(error.filename)[:300], fix=limit)
     fix = _DISK_FIXES.get(error.errno or 0)
     if fix is None:
         return None

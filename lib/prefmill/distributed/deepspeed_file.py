@@ -93,7 +93,8 @@ def require_agreement(path: Path, config: object) -> None:
     steps = settings.get(_ACCUMULATION)
     most = expected["train_batch_size"] // expected["train_micro_batch_size_per_gpu"]
     # How many ranks there will be is not known here: refused where no number of them makes this accumulation.
-    if steps not in ("auto", None, *(count for count in range(1, most + 1) if most % count == 0)):
+    divides = isinstance(steps, int) and steps > 0 and most % steps == 0
+    if steps not in ("auto", None) and not divides:
         batches = "effective_batch_size / per_device_train_batch_size"
         other.append(f"{_ACCUMULATION}: {json.dumps(steps)}, and {batches}: {most}, on all ranks together")
     if other:

@@ -254,8 +254,9 @@ def _array_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
                 )  # fmt: skip
             continue
         try:
-            values, position = decoder.raw_decode(buffer, position)
-        except RecursionError:
+            values, behind = decoder.raw_decode(buffer, position)
+            row = _unique_row(buffer[position:behind].encode(), values, Place(source, str(path), line, f"item {index}"))
+        except RecursionError:  # of either: Python 3.13 decodes deeper than it goes through what it decoded
             raise InputError(
                 "not JSON: nested too deeply", where=f"{path}:{line}", got=excerpt(buffer[position:]),
                 expected="an array of objects", fix="correct the object that begins there",
@@ -264,8 +265,8 @@ def _array_rows(path: Path, source: int) -> Iterator[RawRow | RowProblem]:
             # Mostly the object only goes on in the next piece; it is a fault where the file ends.
             buffer, position, counted = _grow(buffer[position:], chunks, path, line, error), 0, 0
             continue
-        place = Place(source, str(path), line, f"item {index}")
-        yield _unique_row(buffer[gap.end() : position].encode(), values, place)
+        position = behind
+        yield row
         index += 1
 
 

@@ -140,8 +140,10 @@ class TrainingConfig(StrictConfig):
         """A folder with an adapter alone is that adapter to go on with, on the base that it names, in its template."""
         if not isinstance(values, dict) or not isinstance(values.get("lora") or {}, dict):
             return values
-        named, lora = values.get("model_name_or_path"), values.get("lora") or {}
-        folder = adapter_at(named, values.get("revision")) if isinstance(named, str) else None
+        named, revision, lora = values.get("model_name_or_path"), values.get("revision"), values.get("lora") or {}
+        if not isinstance(revision, (str, type(None))):
+            return values  # refused by itself
+        folder = adapter_at(named, revision) if isinstance(named, str) else None
         if folder is not None and lora.get("start") is not None:
             raise ValueError("model_name_or_path and lora.start are both adapters: give one of them")
         # All is written into the configuration, so that the record says what was trained from.

@@ -21,7 +21,7 @@ from prefmill.families.causal.chat_checks import (
     require_tools,
     text_of,
 )
-from prefmill.families.causal.templates import variables_of
+from prefmill.families.causal.templates import stop_clock
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -225,10 +225,10 @@ def apply_template(
     from jinja2.exceptions import TemplateError
 
     try:
+        stop_clock(tokenizer)
         text: str = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=add_generation_prompt,
-            **{**variables_of(tokenizer), **variables},
-        )  # fmt: skip
+            messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
+        )
     except (TemplateError, TypeError) as error:  # a template that joins text and None raises TypeError
         raise InputError(
             "the chat template refuses these messages", got=str(error), expected="roles that the template takes",

@@ -52,6 +52,18 @@ class PromptStates:
         """Whether rows go on from a prompt."""
         return self._started
 
+    def get_conv_state(self, layer_idx: int = 0, state_idx: int = 0) -> Tensor | None:
+        """The last columns of a prompt that rows go on from; None in the prompt itself."""
+        return self.conv_states.get(state_idx) if self._started else None
+
+    def get_recurrent_state(self, layer_idx: int = 0, state_idx: int = 0) -> Tensor | None:
+        """The recurrent state that rows go on from; None in the prompt itself."""
+        return self.recurrent_states.get(state_idx) if self._started else None
+
+    def is_recording_past(self, layer_idx: int = 0) -> bool:
+        """No: there is no speculative decoding here."""
+        return self.record_past
+
     def update_conv_state(
         self, conv_states: Tensor, layer_idx: int = 0, state_idx: int = 0, conv_kernel_size: int | None = None, **_: Any
     ) -> Tensor:

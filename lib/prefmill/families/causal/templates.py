@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _log = logging.getLogger(__name__)
-_CLOCK = "strftime_now"  # transformers gives it to templates; a variable of the same name takes its place
+_CLOCK = "strftime_now"  # transformers gives it to templates
 _NAMES_GIVEN_BY_US = {"messages", "tools", "add_generation_prompt", _CLOCK}
 
 
@@ -96,7 +96,7 @@ class ChatTemplate(StrictConfig):
                 fix=f"set template_date={date.today().isoformat()}",
             )  # fmt: skip
         # Not written into the template, as variables are: a published model is to say the day on which it is used.
-        tokenizer.__dict__["_prefmill_variables"] = {} if day is None else {_CLOCK: day.strftime}
+        tokenizer.__dict__["_prefmill_day"] = day
 
     @property
     def _text(self) -> str | None:
@@ -137,11 +137,16 @@ def _require_jinja(text: str, name: str) -> None:
 
 def recorded_day(tokenizer: PreTrainedTokenizerBase) -> dict[str, str]:
     """The metric `template_date` where the template reads the clock: what to set to write the same text again."""
-    clock = variables_of(tokenizer).get(_CLOCK)
-    return {"template_date": clock("%Y-%m-%d")} if clock and _CLOCK in str(tokenizer.chat_template) else {}
+    day = tokenizer.__dict__.get("_prefmill_day")
+    return {"template_date": day.isoformat()} if day and _CLOCK in str(tokenizer.chat_template) else {}
 
 
-def variables_of(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What `put_on` gives the template at every call, beside the messages."""
-    found: dict[str, Any] = tokenizer.__dict__.get("_prefmill_variables", {})
-    return found
+def stop_clock(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Have the template, compiled once for all who have its text, read the day of `put_on` from now on."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    if (day := tokenizer.__dict__.get("_prefmill_day")) is not None:
+        own = tokenizer.chat_template
+        # Not as a variable: since 5.20 transformers makes text of all that is no plain data.
+        for text in own.values() if isinstance(own, dict) else [own]:
+            _compile_jinja_template(text).globals[_CLOCK] = day.strftime

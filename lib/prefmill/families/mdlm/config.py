@@ -85,7 +85,12 @@ class DiffusionTrainingConfig(TrainingConfig, DiffusionModelConfig):
         _rename(values, "gradient_checkpointing", "activation_checkpointing", lambda value: value)
         _rename(values, "use_mixed_precision", "precision", lambda value: "bf16" if value is True else "fp32")
         at_once = values.get("per_device_train_batch_size", 1)
-        _rename(values, "gradient_accumulation_steps", "effective_batch_size", lambda value: value * at_once)
+
+        def batch(steps: Any) -> Any:
+            # What is no number is refused by itself.
+            return steps * at_once if isinstance(steps, int) and isinstance(at_once, int) else steps
+
+        _rename(values, "gradient_accumulation_steps", "effective_batch_size", batch)
         return values
 
     @model_validator(mode="after")

@@ -32,7 +32,8 @@ class AdapterConfig(LoraConfig):
         # Before the fields are set: afterwards a default and an alpha that was given look alike.
         if not isinstance(values, dict) or values.get("alpha") is not None:
             return values
-        return {**values, "alpha": 4.0 * values.get("r", cls.model_fields["r"].default)}
+        rank = values.get("r", cls.model_fields["r"].default)
+        return {**values, "alpha": 4 * rank} if isinstance(rank, int) else values  # any other is refused by itself
 
 
 class SdxlPreferenceConfig(TrainingConfig):
