@@ -70,7 +70,7 @@ STAGE = Stage(
     run=run,
     root="checkpoints",
     trains=True,
-    metrics=(),  # a loss is none to choose by
+    metrics=("val_loss",),
     writes="checkpoint",
     reads={
         "model": Reads(

@@ -44,7 +44,7 @@ STAGE = Stage(
     run=run,
     root="checkpoints",
     trains=True,
-    metrics=(),  # a loss is none to choose by
+    metrics=("val_loss",),
     writes="checkpoint",
     reads={
         "model": Reads("checkpoint", match="elementwise", optional=True, instead_of=("model_name_or_path",)),

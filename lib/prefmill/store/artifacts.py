@@ -28,7 +28,7 @@ def publish(folder: Path, kind: str, provenance: Provenance, metrics: Mapping[st
 
     Raises ArtifactError when there is no payload or a pickle in it: an empty output is never taken for done.
     """
-    for path in payload(folder):
+    for path in (item for item in payload(folder) if item.suffix == ".safetensors"):
         open_as_umask_says(path)
     files = [_entry(path, folder) for path in payload(folder)]
     if not files:

@@ -68,11 +68,15 @@ class StudyConfig(StrictConfig):
 
     @model_validator(mode="after")
     def _comparable(self) -> StudyConfig:
+        # That of held-out chats is one: it has no beta, and is measured on the same tokens for every learning rate.
         for name in ("metric", "prune_by"):
-            if "loss" in getattr(self, name):
+            if "loss" in (said := getattr(self, name)) and (name, said) != ("metric", "val_loss"):
                 raise ValueError(
-                    f"{name}: losses of different beta or learning rate cannot be compared; use a held-out F1"
+                    f"{name}: losses of different beta or learning rate cannot be compared; use a held-out F1, or of "
+                    "sft and mdlm_sft val_loss"
                 )
+        if self.metric == "val_loss" and self.direction == "maximize":
+            raise ValueError("metric: of val_loss the least is best, set direction: minimize")
         reads = {"median": ("startup_trials", "prune_by"), "hyperband": ("prune_by",), "none": ()}[self.pruner]
         if unread := [key for key in self.changed("startup_trials", "prune_by") if key not in reads]:
             raise ValueError(f"{', '.join(unread)}: no effect with pruner: {self.pruner}, leave it out")

@@ -65,11 +65,11 @@ def check_space(config: StudyConfig, where: object) -> None:
                 expected=", ".join(judge.reads), fix="correct judge.input",
             )  # fmt: skip
     _require_metric(judge or stage, config.metric, where)
-    if config.pruner != "none" and stage.metrics and config.prune_by not in VAL_METRICS.values():
-        known = [*VAL_METRICS.values()]
+    known = [logged for name, logged in VAL_METRICS.items() if name in (stage.metrics or ())]
+    if config.pruner != "none" and stage.metrics is not None and config.prune_by not in known:
         raise ConfigError(
             f"stage {stage.name} has no evaluation '{config.prune_by}'{nearest(config.prune_by, known)}", where=where,
-            expected=", ".join(known), fix="correct prune_by",
+            expected=", ".join(known) or "none to prune by", fix="correct prune_by" if known else "set pruner: none",
         )  # fmt: skip
 
 
@@ -77,8 +77,7 @@ def _require_metric(stage: Stage[Any], name: str, where: object) -> None:
     if stage.metrics is not None and name not in stage.metrics:
         raise ConfigError(
             f"stage {stage.name} has no metric '{name}'{nearest(name, stage.metrics)}", where=where,
-            expected=", ".join(stage.metrics) or "a judge: this stage measures its loss alone",
-            fix="correct metric" if stage.metrics else "give a judge and a metric of its",
+            expected=", ".join(stage.metrics), fix="correct metric",
         )  # fmt: skip
 
 

@@ -50,6 +50,7 @@ def test_a_metric_that_is_not_finite_is_a_trial_that_diverged(value: float, erro
 
 
 IMAGES = {"stage": "sdxl_dpo", "space": {"learning_rate": {"low": 1e-5, "high": 1e-4}}}
+LEAST = {"metric": "val_loss", "direction": "minimize"}
 JUDGE = {"judge": {"stage": "evaluate_images", "input": "tuned"}}
 
 
@@ -60,7 +61,9 @@ JUDGE = {"judge": {"stage": "evaluate_images", "input": "tuned"}}
         ({"metric": "winrate", **JUDGE}, r"evaluate_images has no metric 'winrate' \(did you mean 'win_rate'\?\)"),
         ({"metric": "val_f1", **JUDGE}, r"evaluate_images has no metric 'val_f1'[\s\S]*win_rate"),
         ({"stage": "train_reward", "metric": "f1"}, r"train_reward has no metric 'f1'[\s\S]*val_f1"),
-        ({"stage": "sft", "metric": "val_accuracy"}, "a judge: this stage measures its loss alone"),
+        ({"stage": "sft", "metric": "val_accuracy"}, r"sft has no metric 'val_accuracy'[\s\S]*val_loss"),
+        ({"metric": "val_loss", "direction": "minimize"}, r"sdxl_dpo has no metric 'val_loss'[\s\S]*val_accuracy"),
+        ({"stage": "sft", **LEAST, "pruner": "median", "prune_by": "eval_accuracy"}, "none to prune by"),
         ({"metric": "val_f1", "pruner": "median", "prune_by": "eval_acc"}, "no evaluation 'eval_acc'"),
     ],
 )

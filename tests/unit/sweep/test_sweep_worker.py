@@ -321,6 +321,7 @@ def test_a_silent_heart_is_no_death_while_the_trials_process_lives(tmp_path: Pat
     [
         ({"metric": "train_loss"}, "losses"),
         ({"prune_by": "eval_loss"}, "losses"),
+        ({"metric": "val_loss"}, "the least is best, set direction: minimize"),
         ({"metric": "steps", "space": {"learning_rat": {"low": 1.0, "high": 2.0}}}, "did you mean 'learning_rate'"),
         ({"space": {"learning_rate": {"low": -1.0, "high": 2.0}}}, "greater than 0"),
         ({"space": {"learning_rate": {"low": 2.0, "high": 1.0}}}, "low must be below high"),
