@@ -33,7 +33,7 @@ FOREIGN = {
     "the harness's": "generation_kwargs",
     "a server's": "allowed_token_ids processed_logprobs",
     "of Python": "save_file safetensors.torch stages.rate_images data_files",
-    "of a value": "adamw_torch adamw_torch_fused decision_agreement dspo_rm any_of all_of other_seeds",
+    "of a value": "adamw_torch adamw_torch_fused decision_agreement dspo_rm any_of all_of other_seeds val_loss",
     "a pipeline's": "needs.checkpoint",
     "of the command line, or another name": "preference_data_path",
 }

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from reward_artifacts import make_clip, make_reward, make_samples
-from training_artifacts import make_task
+from training_artifacts import make_datasets, make_task
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import load, validate
@@ -25,6 +25,7 @@ from prefmill.store.jsonl import read_jsonl
 from prefmill.sweep.study import read_claim
 from stages.sweep import STAGE, SweepConfig
 from tests.conftest import REPOSITORY
+from tests.tiny import save_tiny_qwen2
 
 REWARD: dict[str, Any] = {
     "precision": "fp32", "num_train_epochs": 2, "per_device_train_batch_size": 8, "effective_batch_size": 8,
@@ -108,3 +109,21 @@ def test_a_judge_that_is_the_reward_is_refused(tmp_path: Path, given: dict[str, 
     task = make_task("sweep", tmp_path, pairs=given["pairs"], reward=reward, scorer=reward)
     with pytest.raises(ConfigError, match="the judge is the reward that trials are trained by"):
         STAGE.run(validate(SweepConfig, keys), task)
+
+
+@pytest.mark.slow
+def test_sft_is_swept_by_the_loss_of_held_out_chats(tmp_path: Path) -> None:
+    fixed = {
+        "model_name_or_path": str(save_tiny_qwen2(tmp_path / "model")), "precision": "fp32", "num_train_epochs": 2,
+        "effective_batch_size": 8, "logging_steps": 1, "save_steps": 10, "report_to": [],
+    }  # fmt: skip
+    keys = {
+        "stage": "sft", "metric": "val_loss", "direction": "minimize", "n_trials": 2, "set": fixed,
+        "space": {"learning_rate": {"low": 1e-8, "high": 1e-3, "log": True}},
+    }  # fmt: skip
+    task = make_task("sweep", tmp_path, datasets=make_datasets(tmp_path / "datasets"))
+    told = STAGE.run(validate(SweepConfig, keys), task)
+    trials = list(read_jsonl(task.output / "trials.jsonl"))
+    rates = [trial["params"]["learning_rate"] for trial in trials]
+    assert told["best_value"] == min(trial["value"] for trial in trials)
+    assert rates[told["best_trial"]] == max(rates), "the other has learnt next to nothing"
