@@ -110,5 +110,5 @@ def test_the_time_limit_comes_while_it_loads_or_saves(site: Site, phase: str) ->
         site.wait(reached(site, phase, 3))
     site.cluster.ask("scontrol", "update", f"jobid={name}", "EndTime=now+1")
     site.wait(lambda: site.hurry() or complete(site, phase)(), seconds=240)
-    taken = [row["outcome"] for row in attempts(site, phase)]
-    assert taken[-1] == "complete", site.logs()
+    # Its end is noted behind what it has made.
+    site.wait(lambda: attempts(site, phase)[-1:] and attempts(site, phase)[-1]["outcome"] == "complete")

@@ -48,7 +48,7 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
         return [_paper(list(map(values.get, _PAPER_FIELDS)), config, drawn), Skipped("row of a paper alone")]
     alone = {"paper_id", "review_text", "rating"} <= names and not names & _SAID_OF_PAPER
     required = REQUIRED_FIELDS - {"title"} if alone else REQUIRED_FIELDS
-    or_else = "" if required <= names else _NAMES_FIX % (_spelled(names) or rating_path(values) or "rating: score")
+    or_else = "" if required <= names else _NAMES_FIX % (_named_otherwise(values) or "rating: score")
     check_fields(values, required, VALID_FIELDS, config.ignore_extra_fields, "row", or_else)
     paper = None if alone else _paper(list(map(values.get, _PAPER_FIELDS)), config, drawn)
     paper_id = paper.paper_id if paper else parse_id(values["paper_id"], "paper_id", config.id_prefix)
@@ -70,6 +70,12 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
         sub_scores=scores,
     )
     return [*([paper] if paper else []), review, *unknown, *in_words]
+
+
+def _named_otherwise(values: dict[str, Any]) -> str:
+    spelled = _spelled(values)
+    inside = "" if "rating:" in spelled else rating_path(values)
+    return ", ".join(filter(None, (spelled, inside)))
 
 
 def _spelled(names: Iterable[str]) -> str:

@@ -62,7 +62,7 @@ def test_what_paths_leave_out_and_what_they_miss_is_told(tmp_path: Path) -> None
     assert problems[0].fix.endswith(f"such as columns: {{rating: {INSIDE}.content.rating}}")
     capitals = {"Title": "On Trees", "reviewers": [{"Score": 3, "Text": "x"}]}
     _, problems = read(source(format="jsonl", path=write(tmp_path / "c.jsonl", capitals)))
-    assert problems[0].fix.endswith("such as columns: {rating: reviewers.Score}")
+    assert problems[0].fix.endswith("such as columns: {title: Title, rating: reviewers.Score}")
     only = {name: own for name, own in COLUMNS.items() if "soundness" not in name}
     row = {name: value for name, value in DEEP_REVIEW.items() if name not in ("year", "rating")}
     _, problems = read(source(format="jsonl", path=write(tmp_path / "y.jsonl", row), columns=only))
