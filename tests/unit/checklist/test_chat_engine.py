@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -262,51 +260,6 @@ def test_another_model_is_told_and_a_change_is_refused(judge: Judge, caplog: pyt
         outcome()
 
 
-@pytest.mark.parametrize("around", ["{}\n", " {} ", "{}\r\n"])
-def test_space_around_a_key_is_no_part_of_it(monkeypatch: pytest.MonkeyPatch, around: str) -> None:
-    with serving(lambda *_: FINE) as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", f" {server.url}\n")
-        monkeypatch.setenv("OPENAI_API_KEY", around.format("sk-secret"))
-        assert outcome().answers
-        assert server.authorizations == {"Bearer sk-secret"}
-
-
-@pytest.mark.parametrize("around", ["Bearer {}", '"{}"', "'{}'", "{}\nx", "{}\x00", "{}é"])
-def test_a_key_that_no_header_holds_is_refused_without_its_value(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, around: str
-) -> None:
-    monkeypatch.setenv("OPENAI_BASE_URL", "http://127.0.0.1:9/v1")
-    monkeypatch.setattr(completions.os, "environ", {**os.environ, "OPENAI_API_KEY": around.format("sk-secret")})
-    with caplog.at_level(logging.DEBUG), pytest.raises(ConfigError, match="the key cannot be sent") as error:
-        outcome()
-    assert "sk-secret" not in f"{error.value}{caplog.text}"
-
-
-@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/v1", "http://127.0.0.1:x/v1", "http:///v1", "http://a\nb/v1"])
-def test_what_is_no_url_is_said_to_be_none(monkeypatch: pytest.MonkeyPatch, url: str) -> None:
-    monkeypatch.setenv("OPENAI_BASE_URL", url)
-    with pytest.raises(ConfigError, match="OPENAI_BASE_URL is no URL"):
-        outcome()
-
-
-def test_a_proxy_or_certificates_that_cannot_be_used_are_named(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HTTP_PROXY", "socks9://user:pass@host:1")
-    with pytest.raises(ConfigError, match="HTTP_PROXY") as error:
-        outcome()
-    assert "pass" not in str(error.value)
-    monkeypatch.delenv("HTTP_PROXY")
-    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
-    with pytest.raises(ConfigError, match="SSL_CERT_FILE"):
-        outcome()
-
-
-def test_https_to_a_plain_server_is_asked_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(lambda *_: FINE) as server:
-        monkeypatch.setenv("OPENAI_BASE_URL", server.url.replace("http://", "https://"))
-        with pytest.raises(ConfigError, match=r"speaks no TLS[\s\S]*SSL_CERT_FILE"):
-            outcome()
-
-
 def _thinks(content: str | None, first: str, other: str, name: str = "reasoning_content") -> Any:
     answer = likeliest([(first, 0.9), (other, 0.05), ("The", 0.04)])
     answer["choices"][0]["message"] = {"content": content, name: "No doubt, the review does so."}
@@ -341,12 +294,3 @@ def test_votes_are_not_one_vote_many_times(judge: Judge) -> None:
 def test_more_of_a_request_may_not_take_the_place_of_what_is_asked(key: str) -> None:
     with pytest.raises(ValueError, match=f"extra_body: {key} is of the request itself"):
         ChatConfig(model_name_or_path="judge", extra_body={key: True})
-
-
-def test_a_key_that_a_server_repeats_is_not_shown(judge: Judge, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
-    judge.answer = lambda _: {"detail": "the account of sk-secret is closed"}
-    with pytest.raises(InputError, match=r"did not answer every prompt[\s\S]*the account of \*\*\* is closed"):
-        outcome()
-    judge.answer = lambda _: {"choices": [{"message": {"refusal": "sk-secret may not ask this"}}]}
-    assert outcome().failure == "the server withholds an answer: *** may not ask this"
