@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING
 
 from pydantic import Field
 
 from prefmill.core.config import StrictConfig
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_atomic, write_json
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def run(config: ReportConfig, task: Task) -> Metrics:
         )  # fmt: skip
     report = reports[given[0]](config, task)
     write_atomic(task.output / "report.html", report.html)
-    write_atomic(task.output / "comparison.json", json.dumps(report.comparison, indent=1, allow_nan=False) + "\n")
+    write_json(task.output / "comparison.json", report.comparison, allow_nan=False)
     if report.markdown:
         write_atomic(task.output / "report.md", report.markdown)
     print("\n".join([*report.conclusions, "cost, as far as recorded:", *cost_lines(report.artifacts)]))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 from pydantic import Field
 
 from prefmill.core.config import StrictConfig
 from prefmill.core.errors import PrefmillError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_atomic, write_json
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.datasets.validate import Limits, Part, Validation, validate_datasets
 from prefmill.report.validation_report import describe, error_table, to_markdown
@@ -49,7 +47,7 @@ def run(config: ValidateDatasetsConfig, task: Task) -> Metrics:
     )
     report = describe(found)
     for folder in (task.logs, task.output):
-        write_atomic(folder / "report.json", json.dumps(report, indent=1) + "\n")
+        write_json(folder / "report.json", report)
         write_atomic(folder / "report.md", to_markdown(report))
     _require_no_errors(found, task)
     return {"errors": report["errors"], "warnings": report["warnings"], "length_bias": report["length_bias"]}

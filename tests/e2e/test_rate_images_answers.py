@@ -204,7 +204,7 @@ def test_a_page_outlives_a_status_that_cannot_be_written(
     tmp_path: Path, images: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The answer is kept and the last one ends the stage, though the disk has no room for the progress."""
-    monkeypatch.setattr("prefmill.core.stage.write_atomic", _full)
+    monkeypatch.setattr("prefmill.core.stage.write_record", _full)
     with asking(tmp_path, images, dimensions=["overall"]) as people:
         for _ in range(3):
             state = people.act("answer", "ann", choice="left")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json
 from prefmill.core.records import Answer
 from prefmill.core.statistics import Array, assign_folds
 
@@ -153,7 +152,7 @@ def judge_of(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def write_calibration(calibration: Calibration, folder: Path) -> None:
     """Write `calibration.json`."""
-    write_atomic(folder / CALIBRATION, json.dumps(asdict(calibration), indent=1, allow_nan=False) + "\n")
+    write_json(folder / CALIBRATION, asdict(calibration), allow_nan=False)
 
 
 def read_temperature(artifact: Artifact | None, settings: Mapping[str, Any]) -> float | None:

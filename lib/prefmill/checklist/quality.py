@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -25,7 +24,7 @@ from prefmill.checklist.quality_config import JudgeQualityConfig
 from prefmill.checklist.scored import judging
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling
 from prefmill.store.jsonl import write_jsonl
@@ -76,7 +75,7 @@ def measure_quality(config: JudgeQualityConfig, task: Task, conclude: Callable[[
     }  # fmt: skip
     quality["conclusion"] = conclude(quality)
     # allow_nan=False: NaN is no JSON, and strict parsers refuse the whole file.
-    write_atomic(task.output / QUALITY, json.dumps(quality, indent=1, allow_nan=False) + "\n")
+    write_json(task.output / QUALITY, quality, allow_nan=False)
     write_jsonl(task.output / LABELLED, [row for rows in labelled for row in rows])
     write_jsonl(task.output / BETWEEN, differences)
     write_jsonl(task.output / PROBES, probed)

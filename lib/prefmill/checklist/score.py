@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ from prefmill.checklist.scored import BETWEEN_ENGINES, CHECKLIST, EVALUATIONS, F
 from prefmill.checklist.throughput import Pace
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json
 from prefmill.core.records import Paper, Review, ReviewIds
 from prefmill.core.stage import Metrics, Shard, Task
 from prefmill.reviews.join import REVIEWS, papers_with_reviews
@@ -132,7 +131,7 @@ def score_shard(corpus: Artifact, scoring: Scoring, task: Task) -> Metrics:
         check(tally.answers, scoring.gate)
     save_checklist(scoring.checklist, task.output / CHECKLIST)
     summary = _summary(tally, scoring, task.shard)
-    write_atomic(task.output / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_json(task.output / SUMMARY, summary)
     metrics = {key: value for key, value in summary.items() if key.startswith(("num_", "mean_"))}
     found = warnings(summary["judge"], len(scoring.checklist.ids)) if scoring.gate is not None else []
     # The pace is no part of the payload: the same scores make the same files, however fast.

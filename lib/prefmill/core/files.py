@@ -100,6 +100,16 @@ def write_atomic(path: Path, text: str, mode: int = 0o666) -> None:
         stream.write(text.encode())
 
 
+def write_json(path: Path, content: Any, **options: Any) -> None:
+    """Write JSON that people may read too; `options` are those of `json.dumps`."""
+    write_atomic(path, json.dumps(content, indent=1, **options) + "\n")
+
+
+def write_record(path: Path, record: Any) -> None:
+    """Write what a program reads back, as by `read_record`."""
+    write_atomic(path, json.dumps(record))
+
+
 @contextlib.contextmanager
 def replacing(path: Path, writer: str = "", mode: int = 0o666) -> Iterator[IO[bytes]]:
     """A file to write, which takes `path`'s place when the block ends without an error.

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from prefmill.core.files import read_record, write_atomic
+from prefmill.core.files import read_record, write_record
 
 STOP = "stop.json"
 _SHARE_TO_SAVE = 1 / 3  # of the time given, kept for writing the checkpoint
@@ -27,7 +26,7 @@ class StopRequest:
 
 def request_stop(logs: Path, seconds: float) -> None:
     """Ask the training with these logs to save and stop within `seconds`."""
-    write_atomic(logs / STOP, json.dumps(asdict(StopRequest(time.time(), time.time() + seconds))))
+    write_record(logs / STOP, asdict(StopRequest(time.time(), time.time() + seconds)))
 
 
 def clear_request(logs: Path) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from prefmill.core.files import read_record, sample_digest, write_atomic
+from prefmill.core.files import read_record, sample_digest, write_record
 from prefmill.core.places import expand_home
 
 # The keys that name what a revision is of; the second is set where the first names a file or folder.
@@ -82,5 +81,5 @@ def models_changed(config: BaseModel, begun: Mapping[str, Any]) -> list[str]:
 def note_models(record: Path, config: BaseModel) -> list[str]:
     """Add what models hold by now to an attempt's `record`, which may have begun without; returns `models_changed`."""
     begun = read_record(record)
-    write_atomic(record, json.dumps({**begun, "models": models_in(config) | begun.get("models", {})}))
+    write_record(record, {**begun, "models": models_in(config) | begun.get("models", {})})
     return models_changed(config, begun)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import pkgutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import Any, Generic, Literal
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import ConfigT
 from prefmill.core.errors import PipelineError, nearest
-from prefmill.core.files import read_record, write_atomic
+from prefmill.core.files import read_record, write_record
 from prefmill.core.graceful_stop import STOP, Stopped
 from prefmill.core.places import PROGRESS, STAGES, STARTED, WORK, stages_folder
 
@@ -106,7 +105,7 @@ class Task:
             return
         self._last_progress[0] = now
         record = {"done": done, "total": total, "unit": unit, "time": time.time()}
-        write_atomic(self.logs / PROGRESS, json.dumps(record))
+        write_record(self.logs / PROGRESS, record)
 
     def stop_asked(self) -> bool:
         """Whether this attempt was asked to keep what it has made and to stop (core.graceful_stop)."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from prefmill.checklist.scored import ScoredPaper, ScoredReview, check_inputs, scored_papers
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ArtifactError, InputError
-from prefmill.core.files import copy_once, write_atomic
+from prefmill.core.files import copy_once, write_json
 from prefmill.core.records import Modality, Paper, Standing
 from prefmill.datasets.pairs import REMEDIES, Dropped, PairRules, ReviewPair, pairs_of
 from prefmill.datasets.registry import SUMMARY, DatasetKey, DatasetSplit, dataset_keys, write_registry
@@ -117,7 +116,7 @@ def build_datasets(
     write_registry(output, keys)
     # No key where there is none to tell: datasets that were built before have the same bytes.
     summary = {**_summary(found, writer, rules, cut), **({"warnings": warnings} if warnings else {})}
-    write_atomic(output / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_json(output / SUMMARY, summary)
     return summary
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from prefmill.core import errors
 from prefmill.core.errors import AttemptError, PrefmillError, explain_os_error
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_record
 from prefmill.distributed.devices import machine_has_gpu
 
 _LONGEST_TMPDIR = 70  # bytes: a socket's path has at most 107, and `/pymp-XXXXXXXX/listener-XXXXXXXX` follows
@@ -75,7 +75,7 @@ def _run(failure: Path, work: Callable[..., None], *arguments: object) -> None:
         else:
             record = {"mendable": False, "kind": type(shown).__name__, "what": traceback.format_exc(), "details": {}}
         # As text: exceptions of many libraries cannot be pickled, or not be made again from their pickle.
-        write_atomic(failure, json.dumps(record))
+        write_record(failure, record)
         sys.exit(1)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prefmill.checklist.items import Checklist
-from prefmill.core.files import digest_json, write_atomic
+from prefmill.core.files import digest_json, write_json
 from prefmill.core.records import ReviewEvaluation
 from prefmill.evaluation.held_out import AcceptRule, HeldOut
 from prefmill.evaluation.metrics import measure
@@ -53,5 +52,5 @@ def write_evaluation(
     write_jsonl(output / GENERATIONS, generations)
     write_jsonl(output / EVALUATIONS, evaluations)
     # NaN is no JSON: one would make the whole file unreadable to a page.
-    write_atomic(output / METRICS, json.dumps(metrics, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+    write_json(output / METRICS, metrics, ensure_ascii=False, allow_nan=False)
     return metrics

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import InputError
-from prefmill.core.files import copy_once, write_atomic
+from prefmill.core.files import copy_once, write_json
 from prefmill.core.image_rows import DIMENSIONS, Dimension, ImagePair
 from prefmill.core.stage import Metrics, Task
 from prefmill.images.collection import Collection, GoodImage, check_images
@@ -166,7 +165,7 @@ def _write(
     write_jsonl(task.output / "pairs.jsonl", pairs)
     write_jsonl(task.output / "strengths.jsonl", _strength_rows(images, fits))
     write_jsonl(task.output / "quarantine.jsonl", collection.quarantine.rows)
-    write_atomic(task.output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_json(task.output / "summary.json", summary, ensure_ascii=False)
 
 
 def _strength_rows(images: Mapping[str, GoodImage], fits: Mapping[Dimension, Strengths]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -15,7 +14,7 @@ from numpy.typing import NDArray
 from prefmill.core.artifact import Artifact
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.figures import with_interval
-from prefmill.core.files import digest_path, write_atomic
+from prefmill.core.files import digest_path, write_json
 from prefmill.core.image_rows import HEADS, GeneratedImage, ImagePrompt, ImageSplit
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling, holm, means, within
@@ -92,7 +91,7 @@ def evaluate_images(wanted: ImageEvaluation, task: Task) -> Metrics:
         "num_grids": num_grids,
     }
     # allow_nan=False: Python would write NaN, which is no JSON and which other readers refuse.
-    write_atomic(task.output / METRICS, json.dumps(measured, indent=1, allow_nan=False) + "\n")
+    write_json(task.output / METRICS, measured, allow_nan=False)
     overall = measured["dimensions"]["mean"]
     return {
         "win_rate": overall["win_rate"]["value"],

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json, write_record
 from prefmill.core.image_rows import ImagePrompt
 from prefmill.core.stage import Metrics, Task
 from prefmill.images.generation import cut_prompts, drawn_guidance, make_images, plan_jobs
@@ -27,7 +27,7 @@ def generate_images(
     def opened() -> Any:
         model = open_model()
         cut = cut_prompts(model, {row["prompt"] for row in prompts})
-        write_atomic(cut_file, json.dumps([row["prompt_id"] for row in prompts if row["prompt"] in cut]))
+        write_record(cut_file, [row["prompt_id"] for row in prompts if row["prompt"] in cut])
         return model
 
     rows = make_images(opened, jobs, sampling, label, task.output, task.work, batch_size, task.advance)
@@ -41,5 +41,5 @@ def generate_images(
         "guidance_scale": drawn_guidance(task.output / rows[0]["file"]) if rows else None,
         "cut_prompts": json.loads(cut_file.read_text()) if cut_file.is_file() else [],
     }
-    write_atomic(task.output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_json(task.output / "summary.json", summary)
     return {"num_prompts": len(prompts), "num_images": len(rows), "num_cut_prompts": len(summary["cut_prompts"])}

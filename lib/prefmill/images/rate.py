@@ -22,7 +22,7 @@ from pydantic import Field
 
 from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.core.files import copy_once, write_atomic
+from prefmill.core.files import copy_once, write_atomic, write_json
 from prefmill.core.image_rows import HEADS, Dimension, Rating
 from prefmill.core.places import STAGES
 from prefmill.core.stage import Metrics, Task
@@ -106,7 +106,7 @@ def rate_images(wanted: RateImages, task: Task) -> Metrics:
         # Files of finished artifacts are linked: nobody edits them.
         copy_once(image.source.path, task.output / image.file, may_link=image.source.is_ours)
     write_jsonl(task.output / "images.jsonl", [image.row for _, image in sorted(compared.items())])
-    write_atomic(task.output / "summary.json", json.dumps(summary, indent=1, ensure_ascii=False) + "\n")
+    write_json(task.output / "summary.json", summary, ensure_ascii=False)
     write_atomic(task.output / "ratings.csv", ratings_csv(ratings))
     return {key: summary[key] for key in ("num_pairs", "num_rated_pairs", "num_ratings", "raters", "warnings")}
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.files import read_record, write_atomic
+from prefmill.core.files import read_record, write_atomic, write_record
 from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.core.stage import Task
 
@@ -24,7 +24,7 @@ def read_smaller(logs: Path, submission: int) -> dict[str, Any]:
 
 def write_smaller(logs: Path, submission: int, keys: Mapping[str, Any]) -> None:
     """Note them; to be called before the job that reads them is submitted."""
-    write_atomic(logs / SMALLER, json.dumps({"submission": submission, "keys": dict(keys)}))
+    write_record(logs / SMALLER, {"submission": submission, "keys": dict(keys)})
 
 
 def start_over_when_smaller(context: Task, keys: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 from prefmill.core.config import validate
 from prefmill.core.errors import PrefmillError, explain_os_error
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json, write_record
 from prefmill.core.graceful_stop import Stopped
 from prefmill.core.stage import Stage, Task, load_stage
 from prefmill.distributed.devices import has_gpu, rank
@@ -32,7 +32,7 @@ def write_spec(folder: Path, stage: Stage[Any], config: Any, task: Task) -> Path
     known = {"run": task.run, "stage": stage.name, "name": task.name, "values": task.values, "sizes": task.sizes}
     spec = {"config": config.model_dump(mode="json"), "inputs": inputs, "task": known}
     spec |= {"output": str(task.output), "logs": str(task.logs)}
-    write_atomic(folder / SPEC, json.dumps(spec, indent=1))
+    write_json(folder / SPEC, spec)
     return folder / SPEC
 
 
@@ -71,13 +71,13 @@ def _fail(error: Exception, record: Path) -> int:
     text = str(shown) if mendable else "".join(traceback.format_exception(error))
     if not record.exists():  # the others fail of the first
         said = {"kind": type(shown).__name__, "error": text, "failed_on": socket.gethostname()}
-        write_atomic(record, json.dumps(said))
+        write_record(record, said)
     return EXIT_USER_ERROR if mendable else EXIT_BUG
 
 
 def _leave(path: Path, record: Mapping[str, Any]) -> None:
     if rank() == 0:
-        write_atomic(path, json.dumps(record))
+        write_record(path, record)
 
 
 def _peak_gpu_memory_gb() -> float | None:

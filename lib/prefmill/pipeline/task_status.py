@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import read_record, write_atomic
+from prefmill.core.files import read_record, write_json
 from prefmill.core.places import MANIFEST, STATUS, WANTED_AGAIN
 from prefmill.pipeline import attempts
 
@@ -30,7 +30,7 @@ def write_status(task: PlannedTask, state: str, **details: Any) -> None:
     """Record the state of this attempt in the task's logs, for `prefmill status`."""
     record = {"state": state, "time": time.time(), "host": socket.gethostname(), "pid": os.getpid()}
     record |= {"job": attempts.this_job(), **details}
-    write_atomic(task.logs / STATUS, json.dumps(record, indent=1) + "\n")
+    write_json(task.logs / STATUS, record)
 
 
 def read_status(logs: Path) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import importlib
-import json
 import os
 import resource
 import shutil
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explain_os_error, explained
-from prefmill.core.files import read_record, write_atomic
+from prefmill.core.files import read_record, write_json, write_record
 from prefmill.core.graceful_stop import Stopped, clear_request
 from prefmill.core.places import MANIFEST, RUN_RECORD, STARTED, STATUS, WANTED_AGAIN, WORK
 from prefmill.core.revisions import models_changed, note_models
@@ -63,7 +62,7 @@ def execute(
         metrics = run(context) if run else import_and_run(task.stage, task.config, context)
         publish(making, task.stage.writes, origin, metrics)
         # After the manifest, as times and hosts are no part of the content.
-        write_atomic(making / RUN_RECORD, json.dumps(_run_record(started), indent=1) + "\n")
+        write_json(making / RUN_RECORD, _run_record(started))
         # A kill before this line leaves scratch in a finished folder; the next look at the task removes it.
         _clear_work(making)
         if making != task.output:
@@ -176,7 +175,7 @@ def _prepare(task: PlannedTask, wanted: Mapping[str, Any], force: bool) -> Path:
     if not marker.is_file():
         # Before anything else is made here: what lies in a folder without a mark is of unknown origin, and deleted.
         begun = {"fingerprint": same[0], "date": datetime.now(UTC).date().isoformat(), "identity": wanted}
-        write_atomic(marker, json.dumps(begun))
+        write_record(marker, begun)
     note_models(marker, task.config)
     if not resumes:
         clear_telemetry(task.logs, superseded(task.logs) if finished else None)

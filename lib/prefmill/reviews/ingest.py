@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import json
 import logging
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from prefmill.core.errors import InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json
 from prefmill.core.records import Paper
 from prefmill.reviews.files import PlainRow
 from prefmill.reviews.markup import holds_html
@@ -140,7 +139,7 @@ def write_corpus(
     for warning in tally.warnings():
         _log.warning("%s", warning)
     summary = _summary(tally, papers.num_rows, reviews.num_rows, store.count("problems"))
-    write_atomic(reader.output / "summary.json", json.dumps(summary, indent=1) + "\n")
+    write_json(reader.output / "summary.json", summary)
     return summary
 
 

@@ -20,7 +20,7 @@ from pydantic import Field
 
 from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 from prefmill.core.errors import InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_record
 from prefmill.reviews.pdf import PdfConfig, PdfContent, extract_pdf, save_image
 from prefmill.reviews.rows import PaperRow, RowError, clean_text
 
@@ -145,7 +145,7 @@ class DocumentReader:
             return PdfContent(**json.loads(record.read_text(encoding="utf-8")))
         content = extract()
         # After the images: a run killed before this line reads the PDF again and keeps no half of it.
-        write_atomic(record, json.dumps(dataclasses.asdict(content)))
+        write_record(record, dataclasses.asdict(content))
         return content
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.files import digest_json, read_record, write_atomic
+from prefmill.core.files import digest_json, read_record, write_record
 from prefmill.slurm.cluster import ClusterFile, read_secrets
 
 ANNOUNCED = "announced.json"
@@ -35,7 +35,7 @@ def announce(folder: Path, cluster: ClusterFile, outcome: Mapping[str, Any]) -> 
     if problem is not None:
         return f"the webhook in {cluster.webhook} was not reached ({problem})"
     # After the post: a kill in between then tells it twice; the other order would not tell it at all.
-    write_atomic(marker, json.dumps({"digest": digest}))
+    write_record(marker, {"digest": digest})
     return f"told the webhook in {cluster.webhook}"
 
 

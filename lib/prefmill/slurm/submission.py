@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import append_row, appended, as_form, read_record, write_atomic
+from prefmill.core.files import append_row, appended, as_form, read_record, write_json
 from prefmill.pipeline.decisions import submissions_folder
 
 T = TypeVar("T", bound="Intent")
@@ -165,7 +165,7 @@ def claim_folder(workspace: Path, run: str) -> tuple[int, Path]:
 def write_submission(submission: Submission) -> None:
     """Write the record that makes the folder a submission: last, when code and arrays are there."""
     values = {key: value for key, value in vars(submission).items() if key != "folder"}
-    write_atomic(submission.folder / RECORD, json.dumps(values | {"workspace": str(submission.workspace)}, indent=1))
+    write_json(submission.folder / RECORD, values | {"workspace": str(submission.workspace)})
 
 
 def read_submission(folder: Path) -> Submission:

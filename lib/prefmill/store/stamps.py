@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -13,7 +12,7 @@ from typing import Any
 
 from prefmill.core.artifact import Artifact, FileEntry
 from prefmill.core.errors import ArtifactError
-from prefmill.core.files import digest_path, read_record, write_atomic
+from prefmill.core.files import digest_path, read_record, write_record
 
 STAMPS = ".verified.json"
 _MODIFIED = 2  # the place of a file's time of modification in its stamp
@@ -24,7 +23,7 @@ def stamp(folder: Path, files: Iterable[FileEntry]) -> None:
     """Note that these files have the content their entries say; a folder that takes no note is left without."""
     stamps = _read(folder) | {entry.path: [*_facts(folder / entry.path), entry.sha256] for entry in files}
     with suppress(OSError):  # another's artifact, a full disk: it is hashed again next time
-        write_atomic(folder / STAMPS, json.dumps(stamps))
+        write_record(folder / STAMPS, stamps)
 
 
 def check_content(artifact: Artifact, only_touched: bool = False) -> None:

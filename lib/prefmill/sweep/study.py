@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, PipelineError
-from prefmill.core.files import as_form, digest_json, read_record, write_atomic
+from prefmill.core.files import as_form, digest_json, read_record, write_atomic, write_record
 from prefmill.sweep.config import Choices, SearchInterval, StudyConfig
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def claim(trial: Path, worker: str, reached: int = 0) -> Claim:
     earlier = before.attempts if before and before.reached >= reached else ()
     mine = Claim(worker, (*earlier, worker), reached)
     _beat(trial)
-    write_atomic(trial / CLAIM, json.dumps(asdict(mine)))
+    write_record(trial / CLAIM, asdict(mine))
     return mine
 
 

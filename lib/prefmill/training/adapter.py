@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json
 from prefmill.core.stage import Task
 from prefmill.training.adapter_folder import PEFT_WEIGHTS
 from prefmill.training.config import TrainingConfig
@@ -161,7 +160,7 @@ def save_adapter(model: Any, base: str, revision: str | None, folder: Path) -> N
     said = model.peft_config["default"].to_dict()
     said |= {"base_model_name_or_path": base, "revision": revision, "inference_mode": True}
     lists = {key: sorted(value) for key, value in said.items() if isinstance(value, set)}  # in an order of their own
-    write_atomic(folder / "adapter_config.json", json.dumps(said | lists, indent=1, sort_keys=True) + "\n")
+    write_json(folder / "adapter_config.json", said | lists, sort_keys=True)
 
 
 def base_name(start: str, revision: str | None, task: Task) -> str:

@@ -13,7 +13,7 @@ from pydantic import Field
 
 from prefmill.core.config import StrictConfig
 from prefmill.core.errors import ConfigError, InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json
 from prefmill.core.stage import Task
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def list_bad_rows(found: Mapping[str, str], report: Path) -> None:
     # Files of one task are read one after the other, and share the list.
     before: Iterable[Mapping[str, str]] = json.loads(report.read_text()) if report.is_file() else []
     known = {row["where"]: row["what"] for row in before} | dict(found)
-    write_atomic(report, json.dumps([{"where": where, "what": what} for where, what in known.items()], indent=1))
+    write_json(report, [{"where": where, "what": what} for where, what in known.items()])
     print(f"{len(found):,} rows left out, listed in {report}", flush=True)
 
 
@@ -83,7 +83,7 @@ def report_dropped(task: Task, dropped: Sequence[Mapping[str, Any]], kept: int, 
         files = {row.get("file") for row in dropped}
         # Training and validation files share the list; a rerun replaces the rows of its own file.
         others = [row for row in json.loads(path.read_text()) if row.get("file") not in files] if path.is_file() else []
-        write_atomic(path, json.dumps([*others, *dropped], indent=1))
+        write_json(path, [*others, *dropped])
     if not dropped or (kept and config.on_overlong == "drop"):
         return
     longest = max(row["num_tokens"] for row in dropped)

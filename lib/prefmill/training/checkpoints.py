@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import read_appended, read_record, write_atomic
+from prefmill.core.files import read_appended, read_record, write_record
 from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.distributed.deepspeed_file import zero_stage
 from prefmill.distributed.devices import world_size
@@ -95,7 +94,7 @@ def mark_complete(checkpoint: Path) -> None:
     for name in sizes:  # the record must not reach the disk before what it vouches for
         with (checkpoint / name).open("rb") as stream:
             os.fsync(stream.fileno())
-    write_atomic(checkpoint / COMPLETE, json.dumps(sizes))
+    write_record(checkpoint / COMPLETE, sizes)
 
 
 def read_curve(path: Path) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from prefmill.checklist.optimize.config import ExportConfig
 from prefmill.checklist.score import OPTIMAL_CHECKLIST
 from prefmill.core.errors import InputError
 from prefmill.core.figures import with_interval
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json
 
 SUMMARY = "summary.json"
 ALL_EQUAL = "all_items_equal"
@@ -51,7 +50,7 @@ def write_export(
     summary["dropped"] = _dropped(items, set(chosen))
     summary["falls_back"] = falls_back
     summary["conclusion"] = conclusion(held_out, falls_back, len(weights), len(kept), len(items))
-    write_atomic(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_json(folder / SUMMARY, summary)
 
 
 def spread_over(weights: Mapping[str, float], score_range: float) -> dict[str, float]:

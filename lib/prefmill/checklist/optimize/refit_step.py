@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,7 +23,7 @@ from prefmill.checklist.optimize.held_out import (
     rounded,
 )
 from prefmill.checklist.optimize.selection import Design, answers, baseline_features, design_of, with_target
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json
 from prefmill.core.statistics import Resampling
 
 WEIGHTS, HELD_OUT = "weights.json", "held_out.json"
@@ -50,12 +49,12 @@ def write_refit(
     reviews, target, _ = with_target(scored, select_config, config.outer_folds)
     # Not the kept ones alone: every outer fold chooses anew among all that passed.
     passed = [item["id"] for item in items if item["status"] in ("kept", "not_chosen")]
-    write_atomic(folder / WEIGHTS, json.dumps(_weights(config, items), indent=1) + "\n")
+    write_json(folder / WEIGHTS, _weights(config, items))
     design = design_of(reviews, target, passed)
     held_out = _held_out(config, select_config, design, reviews, candidates.ids, seed, progress)
     held_out["model"] = model
     held_out["signal"] = held_out["p_value"] <= config.alpha
-    write_atomic(folder / HELD_OUT, json.dumps(held_out, indent=1) + "\n")
+    write_json(folder / HELD_OUT, held_out)
 
 
 def _weights(config: RefitConfig, items: Sequence[Row]) -> dict[str, float]:

@@ -27,7 +27,7 @@ from prefmill.checklist.optimize.proposals import collect_candidates, propose, w
 from prefmill.checklist.score import OPTIMAL_CHECKLIST
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import identity
-from prefmill.core.files import digest_json, digest_path, read_record, write_atomic
+from prefmill.core.files import digest_json, digest_path, read_record, write_atomic, write_json
 from prefmill.core.stage import Metrics, Task
 from prefmill.store.artifacts import superseded
 from prefmill.store.jsonl import read_jsonl
@@ -71,7 +71,7 @@ def run_steps(steps: Sequence[Step], output: Path, earlier: Path, redo: str | No
                 step.run(folder)
                 ran.append(step.name)
             record = {"step": step.name, **wanted, "digest": _digest(folder)}
-            write_atomic(folder / RECORD, json.dumps(record, indent=1) + "\n")
+            write_json(folder / RECORD, record)
         done[step.name] = read_record(folder / RECORD)["digest"]
     return ran
 
@@ -175,7 +175,7 @@ class _Steps:
             self.task.advance,
             None if config.engine.engine == "lexical" else config.judge,
         )
-        write_atomic(folder / PARAPHRASES, json.dumps(restated, indent=1) + "\n")
+        write_json(folder / PARAPHRASES, restated)
 
     def select(self, folder: Path) -> None:
         select_step.write_selection(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +14,7 @@ from prefmill.checklist.optimize.config import SelectConfig
 from prefmill.checklist.optimize.lasso import Array, path, weighted_moments
 from prefmill.checklist.optimize.selection import MODELS, Selection, answers, design_of, select, with_target
 from prefmill.core.errors import InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json
 from prefmill.store.jsonl import write_jsonl
 
 Status = Literal["passed", "constant", "unreliable", "redundant"]
@@ -168,7 +167,7 @@ def write_selection(
         "num_labels_outside_dev": num_other_labels, "num_candidates": len(screened), "num_passed": len(ids),
         "model": MODELS[int(selection.model[0, 0])], "num_kept": int((selection.coefficients != 0).sum()),
     }  # fmt: skip
-    write_atomic(folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+    write_json(folder / SUMMARY, summary)
 
 
 def _screen(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_atomic, write_json
 from prefmill.core.stage import Metrics, Task
 from prefmill.families.causal.chat import encode
 from prefmill.families.mdlm.benchmarks import BenchmarkConfig, Question, read_questions
@@ -44,7 +43,7 @@ def evaluate_models(
                 writer.write({"model": label, **row})
             metrics[label] = summarise(rows)
     comparison = _implicit(likelihoods)
-    write_atomic(task.output / "metrics.json", json.dumps({"models": metrics, **comparison}, indent=1) + "\n")
+    write_json(task.output / "metrics.json", {"models": metrics, **comparison})
     write_atomic(task.output / "report.md", report(metrics, comparison))
     return {**{f"{label}_{key}": value for label, row in metrics.items() for key, value in row.items()}, **comparison}
 

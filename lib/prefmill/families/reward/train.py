@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from tqdm import tqdm
 from transformers import CLIPModel
 
 from prefmill.core.errors import InputError
-from prefmill.core.files import write_atomic
+from prefmill.core.files import write_json
 from prefmill.core.image_rows import HEADS
 from prefmill.core.stage import Metrics, Task
 from prefmill.core.statistics import Resampling
@@ -258,12 +257,12 @@ def _measure_and_save(
     }
     model.config.temperatures = temperatures
     save_finished(model, processor, task.output, config, task)
-    write_atomic(task.output / METRICS, json.dumps(measured, indent=1, allow_nan=False) + "\n")
+    write_json(task.output / METRICS, measured, allow_nan=False)
     write_jsonl(task.output / PREDICTIONS, _predictions(held_out, margins))
     # What evaluate_images refuses to have judged by this model.
     ids, prompts = (sorted(found) for found in ({row.prompt_id for row in train}, {row.prompt for row in train}))
     prompts_seen = {"prompt_half": wanted.half, "prompt_ids": ids, "prompts": prompts}
-    write_atomic(task.output / TRAINED_ON, json.dumps(prompts_seen, indent=1) + "\n")
+    write_json(task.output / TRAINED_ON, prompts_seen)
     return measured
 
 
