@@ -18,8 +18,9 @@ way has a process of its own and they take turns; vLLM's cache is emptied before
 
 The bound is the usual script's tokens (prompts and 16 each) over those left when no prefix is read twice. Figures are
 of a way's fastest turn; start-up lasts from its process's start to the first review's answers. The last line is for
-machines: how many times more items per second than the usual script. Goals: 15, 2 with the review first, and 85 % of
-the bound; 20 beside one by one; the transformers engine at 60 % of the vLLM engine on a CPU.
+machines: how many times more items per second than the usual script the faster engine answers. Goals for that one: 15,
+2 with the review first, and 85 % of the bound; 20 beside one by one; the transformers engine at 60 % of the vLLM engine
+on a CPU.
 
 Predicted before the first run, for 8 layers of 512 and two idle cores: bound 16; usual script 6 items/s; vLLM engine
 with blocks of 128 tokens 9x that, as an item then rereads half a block beside its own 40 tokens; with blocks of 32
@@ -151,8 +152,9 @@ def transformers_engine(work: Work) -> Way:
     engine: Any = open_engine(config, load_checklist())
 
     def run(work: Work) -> Done:
+        before = engine.num_prompt_tokens - engine.num_cached_tokens
         p_yes = _p_yes(engine.score(work.papers))
-        return Done(_count(p_yes), 0, p_yes)
+        return Done(_count(p_yes), engine.num_prompt_tokens - engine.num_cached_tokens - before, p_yes)
 
     return Way(run)
 
@@ -255,13 +257,14 @@ def report(measured: dict[str, Measured], prompts: Sequence[tuple[int, ...]]) ->
     every = [value for answers in values.values() for value in answers]
     print(f"max |delta p_yes| between the engines {apart:.1e}; p_yes from {min(every):.3f} to {max(every):.3f}")
     usual, distinct = measured[USUAL].done.num_tokens / len(prompts), distinct_tokens(prompts) / len(prompts)
-    bound, reached = usual / distinct, rates[OURS] / rates[USUAL]
-    print(f"bound: {usual:.1f} tokens per item against {distinct:.1f}, {bound:.2f}x; reached {reached / bound:.0%} of "
-          "it (target: 85%)")  # fmt: skip
-    print(f"beside the usual script, review first: {rates[OURS] / rates[REVIEW_FIRST]:.2f}x (target: 2)")
-    print(f"beside one by one: {rates[OURS] / rates[ONE_BY_ONE]:.1f}x (target: 20); one forward: "
-          f"{rates[OURS] / rates[ONE_FORWARD]:.1f}x")  # fmt: skip
+    bound = usual / distinct
+    print(f"bound: {usual:.1f} tokens per item against {distinct:.1f}, {bound:.2f}x (targets: 85% of it; 15x, 2x, 20x)")
+    for name in (OURS, NO_VLLM):
+        times = {other: rates[name] / rates[other] for other in (USUAL, REVIEW_FIRST, ONE_BY_ONE, ONE_FORWARD)}
+        print(f"{name}: {times[USUAL] / bound:.0%} of the bound; " + ", ".join(
+            f"{value:.2f}x {other}" for other, value in times.items()))  # fmt: skip
     print(f"without vLLM: {rates[NO_VLLM] / rates[OURS]:.0%} of the vLLM engine (target: 60%)")
+    reached = max(rates[name] for name in (OURS, NO_VLLM)) / rates[USUAL]
     print(f"ratio: {reached:.2f}")
 
 

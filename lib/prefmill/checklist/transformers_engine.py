@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
+from prefmill.checklist.continued_rows import ContinuedRows, rows_of
 from prefmill.checklist.engine import Outcome, TransformersConfig
 from prefmill.checklist.evidence import OPENING, is_closed
 from prefmill.checklist.items import Checklist
@@ -36,8 +37,8 @@ class TransformersEngine(PromptedEngine):
     """Asks a causal language model every item of every review.
 
     A prompt is read in three pieces, always cut at the same places, so that a result does not depend on what was
-    cached: what all reviews of a paper share, the review with what all items begin with, and the rest of the items as
-    one padded batch on the review's cache.
+    cached: what all reviews of a paper share, the review with what all items begin with, and the rest of the items
+    together on the review's cache, as `rows_of` has them.
     In float32 that equals one forward a prompt to within rounding (with full attention; padding between cache and
     item shifts the edge of a sliding window by as much).
     """
@@ -51,6 +52,7 @@ class TransformersEngine(PromptedEngine):
         options = config.model_dump(include={*ORIGIN, "attn_implementation"})
         self.model = load_model(config.model_name_or_path, precision=config.precision, **options)
         self.model.eval().to(device_type())
+        self._rows = partial(rows_of(self.model), self.model)
         # A model that also reads images keeps its text model's limits in a configuration of their own.
         context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         self._fit = Fit(self.prompts, longest_prompt(context, config.max_length), config.truncate_reviews)
@@ -105,7 +107,8 @@ class TransformersEngine(PromptedEngine):
         questions = self._behind_opening(self.prompts.questions)
         found: list[Read] = []
         for start in range(0, len(questions), size):
-            found += read_answers(self.model, cache, questions[start : start + size], self.prompts.answers)
+            rows = partial(self._rows, cache)
+            found += read_answers(rows, questions[start : start + size], self.prompts.answers)
         return found
 
     def _quotes(self, cache: Cache, places: Sequence[int]) -> dict[int, str]:
@@ -118,7 +121,8 @@ class TransformersEngine(PromptedEngine):
         for start in range(0, len(places), self._config.item_batch_size):
             some = places[start : start + self._config.item_batch_size]
             rows = [ids + opening for ids in self._behind_opening([self.prompts.quotes[place] for place in some])]
-            written = write(self.model, cache, rows, self._config.evidence_max_tokens, lambda ids: is_closed(text(ids)))
+            ends, limit = self.model.generation_config.eos_token_id, self._config.evidence_max_tokens
+            written = write(self._rows(cache), rows, limit, ends, lambda ids: is_closed(text(ids)))
             quotes.update({place: text(ids) for place, ids in zip(some, written, strict=True)})
         return quotes
 
@@ -149,93 +153,50 @@ def read(model: PreTrainedModel, ids: TokenIds, cache: Cache | None) -> Cache:
     return result
 
 
-def read_answers(model: PreTrainedModel, cache: Cache, questions: Sequence[TokenIds], answers: Answers) -> list[Read]:
-    """The answer after each question, all on top of the one-row `cache`, which is left as it was."""
+def read_answers(rows: Callable[[], ContinuedRows], questions: Sequence[TokenIds], answers: Answers) -> list[Read]:
+    """The answer after each question; `rows` go on from the review's cache."""
     if answers.single:
-        logps = answer_logps(model, cache, questions, [answers.yes, answers.no])
+        logps = answer_logps(rows(), questions, [answers.yes, answers.no])
     else:  # the answers differ in what must be read before their last token
-        logps = torch.cat([answer_logps(model, cache, questions, [answer]) for answer in (answers.yes, answers.no)], 1)
+        logps = torch.cat([answer_logps(rows(), questions, [answer]) for answer in (answers.yes, answers.no)], 1)
     p_yes, mass = (logps[:, 0] - logps[:, 1]).sigmoid(), logps.exp().sum(1)
     return list(map(Read, p_yes.tolist(), mass.tolist()))
 
 
-def answer_logps(
-    model: PreTrainedModel, cache: Cache, questions: Sequence[TokenIds], answers: Sequence[TokenIds]
-) -> torch.Tensor:
+def answer_logps(rows: ContinuedRows, questions: Sequence[TokenIds], answers: Sequence[TokenIds]) -> torch.Tensor:
     """log P(answer | prefix, question) [N, A] in float64, by the sum over an answer's tokens.
 
     Several `answers` must be of one token each: they share the position after the question.
     """
     answer = answers[0]
-    rows = [question + answer[:-1] for question in questions]
-    logits, _, _ = _continue(model, cache, rows, num_kept=len(answer))
+    logits = rows.extend([question + answer[:-1] for question in questions], len(answer))
     # In float64, so that the sum over a whole vocabulary adds no rounding of its own.
     logps = logits.double().log_softmax(dim=-1)
     if len(answers) > 1:
         return logps[:, 0, [ids[0] for ids in answers]]
-    targets = torch.tensor(answer, device=logps.device).expand(len(rows), -1)
+    targets = torch.tensor(answer, device=logps.device).expand(len(questions), -1)
     return logps.gather(2, targets[:, :, None])[:, :, 0].sum(1, keepdim=True)
 
 
 def write(
-    model: PreTrainedModel,
-    cache: Cache,
-    rows: Sequence[TokenIds],
+    rows: ContinuedRows,
+    starts: Sequence[TokenIds],
     max_tokens: int,
+    ends: int | Sequence[int] | None,
     is_done: Callable[[Sequence[int]], bool],
 ) -> list[list[int]]:
-    """The likeliest tokens after each of `rows` on top of `cache`, until they are done or the model ends its turn."""
-    logits, mask, repeated = _continue(model, cache, rows, num_kept=1)
-    ends = model.generation_config.eos_token_id
+    """The likeliest tokens after each of `starts`, until they are done or one of `ends` comes."""
     # Chat models often name several: the end of a turn and the end of a text.
-    ends = {*ends} if isinstance(ends, list) else {ends}
-    written: list[list[int]] = [[] for _ in rows]
-    going = set(range(len(rows)))
-    for step in range(max_tokens):
-        chosen = logits[:, -1].argmax(-1)
+    stops = {*ends} if isinstance(ends, list) else {ends}
+    written: list[list[int]] = [[] for _ in starts]
+    going, given = set(range(len(starts))), starts
+    for _ in range(max_tokens):
+        chosen = rows.extend(given)[:, -1].argmax(-1).tolist()
         for row in sorted(going):
-            token = int(chosen[row])
-            written[row] += [] if token in ends else [token]
-            if token in ends or is_done(written[row]):
+            written[row] += [] if chosen[row] in stops else [chosen[row]]
+            if chosen[row] in stops or is_done(written[row]):
                 going.discard(row)
-        if not going or step + 1 == max_tokens:
+        if not going:
             break
-        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
-        output = model(
-            input_ids=chosen[:, None],
-            attention_mask=mask,
-            position_ids=mask.sum(1, keepdim=True) - 1,
-            past_key_values=repeated,
-            use_cache=True,
-        )
-        logits = output.logits
+        given = [(token,) for token in chosen]
     return written
-
-
-def _continue(
-    model: PreTrainedModel, cache: Cache, rows: Sequence[TokenIds], num_kept: int
-) -> tuple[torch.Tensor, torch.Tensor, Cache]:
-    """Logits [N, num_kept, V] at the last positions of `rows`, each of which continues `cache` by itself.
-
-    With them the mask [N, past + L] and the cache after `rows`.
-
-    Rows are padded on the left, between cache and question, so that the last position is the same for all.
-    """
-    length, past = max(map(len, rows)), cache.get_seq_length()
-    pads = [length - len(row) for row in rows]
-    # Any id serves as padding, since the mask hides it; not every tokenizer has a padding token.
-    tokens = torch.tensor([[0] * pad + [*row] for pad, row in zip(pads, rows, strict=True)], device=model.device)
-    mask = torch.tensor([[1] * past + [0] * pad + [1] * (length - pad) for pad in pads], device=model.device)
-    # batch_repeat_interleave works in place.
-    repeated: Any = copy.deepcopy(cache)
-    repeated.batch_repeat_interleave(len(rows))
-    output = model(
-        input_ids=tokens,
-        attention_mask=mask,
-        # transformers numbers positions without a look at the mask, and would count the padding.
-        position_ids=(mask.cumsum(1) - 1)[:, past:],
-        past_key_values=repeated,
-        use_cache=True,
-        logits_to_keep=num_kept,
-    )
-    return output.logits, mask, output.past_key_values

@@ -223,11 +223,11 @@ def test_the_review_is_read_once_for_all_items(tiny_judge: Path, corpus_texts: l
     list(judge.score([(paper(), [review(corpus_texts[0]), review(corpus_texts[1], "r1")])]))
     lengths = [len(judge.prompts.foreign(text)) for text in corpus_texts[:2]]
     opening = len(os.path.commonprefix(judge.prompts.questions))  # noqa: RUF071 (of tuples, not of paths)
-    longest = max(map(len, judge.prompts.questions)) - opening
+    items = sum(len(question) - opening for question in judge.prompts.questions)
     shared = len(judge.prompts.shared(paper()))
     assert opening > 10
     assert [tuple(size) for size in sizes] == [
-        (1, shared), (1, lengths[0] + opening), (24, longest), (1, lengths[1] + opening), (24, longest),
+        (1, shared), (1, lengths[0] + opening), (1, items), (1, lengths[1] + opening), (1, items),
     ]  # fmt: skip
 
 

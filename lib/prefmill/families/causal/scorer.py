@@ -88,7 +88,7 @@ def patch_forward(model: Any) -> Any:
     embeddings' projection, or where `model.own_head` is set (load_check does) what the model's own forward makes of it.
     """
     inner = inner_model(model)
-    inner.masks_padding, inner.own_head = _masks_padding(inner), False
+    inner.masks_padding, inner.own_head = masks_padding(inner), False
     inner.forward = MethodType(_forward, inner)
     return model
 
@@ -210,7 +210,7 @@ def sum_by_owner(logps: Tensor, owner: Tensor, num_owners: int) -> Tensor:
     return sums.index_add(0, owner, logps.double())
 
 
-def _masks_padding(model: Any) -> bool:
+def masks_padding(model: Any) -> bool:
     """Whether `model` is told where rows are padded on the right; plain causal attention never looks there.
 
     A mask would rule flash attention out. Windows, states and attention code of a model's own keep theirs.

@@ -56,6 +56,7 @@ def test_the_saved_folder_has_the_published_names_weights_and_keys(folder: Path,
 
 def test_eight_bits_are_read_whole_and_saved_under_the_published_names_or_refused(folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(folder, tmp_path / "copy")
+    copy.chmod(0o755)  # the original is closed to all but root
     # DeepSeek's form, scales of blocks; 1 x 1, as the tiny layers divide by nothing else.
     before = {key: value.float() for key, value in load_file(copy / "model.safetensors").items()}
     scaled = {key: value for key, value in before.items() if value.ndim == 2 and "proj" in key}
