@@ -80,6 +80,18 @@ def _trainer(model: nn.Module, family: Any, folder: Path) -> Any:
     return PreferenceTrainer(model, args, data, None, family, objective, settings, Telemetry(folder, 0), [])
 
 
+def items_together(kind: str, weights: torch.dtype) -> None:
+    """A checklist's items behind a review that was read once, asked and gone on from."""
+    from prefmill.checklist import continued_rows
+    from prefmill.checklist.transformers_engine import read
+
+    with fake_cuda(), torch.no_grad():
+        model = on_cuda(qwen2("tiny"), weights).eval()
+        rows = getattr(continued_rows, kind)(model, read(model, tuple(range(9)), None))
+        assert rows.extend([(3, 4, 5), (6, 7)], 2).is_cuda
+        assert rows.extend([(8,), (9,)]).is_cuda
+
+
 def _has_gradients(model: nn.Module) -> None:
     trained = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
     assert trained
@@ -94,6 +106,7 @@ def _name(*parts: object) -> str:
 _CAUSAL = product(("group", "pairwise"), ((BF16, False), (FP32, True), (FP32, False)), (False, True))
 _SDXL = ((None, BF16, "dpo"), (None, FP32, "dspo"), ("lora", BF16, "dspo"), ("lora", FP32, "dpo"),
          ("dora", BF16, "dspo"))  # fmt: skip
+_ROWS = ("PackedRows", "PaddedRows")
 CASES: Mapping[str, Callable[[], None]] = {
     **{
         _name("causal", layout, weights, mixed and "autocast", again and "checkpointing"): partial(
@@ -102,6 +115,7 @@ CASES: Mapping[str, Callable[[], None]] = {
         for layout, (weights, mixed), again in _CAUSAL
     },
     "trainer step": trainer_step,
+    **{_name(kind, weights): partial(items_together, kind, weights) for kind in _ROWS for weights in (BF16, FP32)},
     "masked diffusion": partial(take, masked_diffusion, FP32, True),
     "reward": partial(take, reward, FP32, True),
     **{

@@ -49,7 +49,11 @@ def fake_cuda() -> Iterator[Any]:
     """The mode under which tensors have shapes, dtypes and devices, but no values."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode() as mode, _no_way_back():
+    class OneMode(FakeTensorMode):
+        def __deepcopy__(self, _: Any) -> Any:  # a copy of a tensor is one of the same mode
+            return self
+
+    with OneMode() as mode, _no_way_back():
         yield mode
 
 

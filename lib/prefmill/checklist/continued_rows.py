@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -24,21 +26,20 @@ class PackedRows:
     def __init__(self, model: PreTrainedModel, cache: Cache) -> None:
         self._model, self._past = model, cache.get_seq_length()
         self._cache: Any = copy.deepcopy(cache)  # a forward extends its cache in place
-        self._owner = torch.empty(0, dtype=torch.long)  # of every token behind the cache, and its place in its row
-        self._place = torch.empty(0, dtype=torch.long)
+        self._seen: list[tuple[int, int]] = []  # the row of every token behind the cache, and its place there
 
     def extend(self, rows: Sequence[TokenIds], num_kept: int = 1) -> Tensor:
         """Logits [N, num_kept, V] at the last places after `rows` were put behind what each of the N had."""
-        lengths = torch.tensor(list(map(len, rows)))
-        owner = torch.repeat_interleave(lengths)
-        done = torch.bincount(self._owner, minlength=len(rows))
-        place = torch.cat([done[row] + torch.arange(length) for row, length in enumerate(lengths)])
-        self._owner, self._place = torch.cat([self._owner, owner]), torch.cat([self._place, place])
-        unseen = (owner[:, None] != self._owner) | (place[:, None] < self._place)
+        done = Counter(row for row, _ in self._seen)
+        new = [(row, done[row] + place) for row, tokens in enumerate(rows) for place in range(len(tokens))]
+        self._seen += new
+        owner, place = torch.tensor(new).T
+        owners, places = torch.tensor(self._seen).T
         # Numbers and no booleans: attention that is written out adds the mask to its scores.
-        mask = torch.zeros(1, 1, len(owner), self._past + len(self._owner), dtype=self._model.dtype)
+        mask = torch.zeros(1, 1, len(new), self._past + len(self._seen), dtype=self._model.dtype)
+        unseen = (owner[:, None] != owners) | (place[:, None] < places)
         mask[0, 0, :, self._past :].masked_fill_(unseen, torch.finfo(self._model.dtype).min)
-        kept = (lengths.cumsum(0)[:, None] + torch.arange(-num_kept, 0)).flatten()
+        kept = torch.tensor(list(accumulate(map(len, rows))))[:, None] + torch.arange(-num_kept, 0)
         device = self._model.device
         output = self._model(
             input_ids=torch.tensor([[token for row in rows for token in row]], device=device),
@@ -46,7 +47,7 @@ class PackedRows:
             position_ids=(self._past + place)[None].to(device),
             past_key_values=self._cache,
             use_cache=True,
-            logits_to_keep=kept.to(device),
+            logits_to_keep=kept.flatten().to(device),
         )
         logits: Tensor = output.logits
         return logits.view(len(rows), num_kept, -1)
