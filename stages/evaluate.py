@@ -170,7 +170,7 @@ def _model_of(config: EvaluateConfig, task: Task) -> str:
         return str(checkpoint.path)
     if config.model_name_or_path is None or config.model in TRAINED:
         raise ConfigError(
-            f"no checkpoint for model '{config.model}'", where=f"{task.stage}:{task.name}",
+            f"no checkpoint for model '{config.model}'", where=task.key,
             got=config.model_name_or_path and f"only model_name_or_path = {config.model_name_or_path}",
             expected="a checkpoint as input, or for labels other than sft and dpo a model_name_or_path",
             fix="name its stage under needs.checkpoint, give inputs.checkpoint=FOLDER, or use another label",

@@ -58,7 +58,7 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
 
     if (unread := config.changed("splits", "resolution")) and task.optional_input("pairs") is None:
         raise ConfigError(
-            "keys of pairs, and no pairs", where=f"{task.stage}:{task.name}", got=", ".join(unread),
+            "keys of pairs, and no pairs", where=task.key, got=", ".join(unread),
             fix="give inputs.pairs=FOLDER of build_image_pairs, or leave them out",
         )  # fmt: skip
     model = task.optional_input("model")

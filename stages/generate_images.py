@@ -35,7 +35,7 @@ def run(config: GenerateImagesConfig, task: Task) -> Metrics:
     from prefmill.images.prompts import read_prompts
 
     model, tuned = (task.optional_input(name) for name in ("model", "tuned"))
-    source = choose_source(config, model, tuned, f"{task.stage}:{task.name}")
+    source = choose_source(config, model, tuned, task.key)
     prompts = read_prompts(config.prompts)[: config.num_prompts]
     opened = partial(open_pipeline, source)
     return generate_images(task, prompts, config, source.label, opened, config.batch_size)

@@ -37,7 +37,7 @@ def run(config: MdlmEvaluateConfig, task: Task) -> Metrics:
     pairs = _pairs(config, task)
     if not models or (pairs is None and not config.benchmarks and config.harness is None):
         raise ConfigError(
-            "no model to evaluate" if not models else "nothing to evaluate on", where=f"{task.stage}:{task.name}",
+            "no model to evaluate" if not models else "nothing to evaluate on", where=task.key,
             fix="give inputs.before, inputs.after or model_name_or_path; and inputs.datasets, pairs_path or harness",
         )  # fmt: skip
     return evaluate_models(config, task, models, pairs, _harness(config))
@@ -64,7 +64,7 @@ def _pairs(config: MdlmEvaluateConfig, task: Task) -> Path | None:
         return None if datasets is None else datasets.file(f"dpo_{config.modality}_val/data.jsonl")
     if datasets is not None:
         raise ConfigError(
-            "two sets of pairs to evaluate on", where=f"{task.stage}:{task.name}",
+            "two sets of pairs to evaluate on", where=task.key,
             got=f"inputs.datasets = {datasets.path} and {config.pairs_path}", fix="leave one of them out",
         )  # fmt: skip
     from prefmill.pairs.sources import PairSource

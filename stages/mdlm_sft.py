@@ -46,7 +46,7 @@ def run(config: MdlmSftConfig, task: Task) -> Metrics:
         start = start_model(config, task, "model")
     elif config.model_name_or_path is not None or task.optional_input("model") is not None:
         raise PipelineError(
-            "a model to start from and a new one", where=f"{task.stage}:{task.name}",
+            "a model to start from and a new one", where=task.key,
             fix="leave out new_model, or the other one",
         )  # fmt: skip
     else:

@@ -35,7 +35,7 @@ def run(config: ReportConfig, task: Task) -> Metrics:
     given = [name for name in reports if task.inputs.get(name)]
     if len(given) != 1:
         raise PipelineError(
-            "a report is on one kind of evaluation", where=f"{task.stage}:{task.name}",
+            "a report is on one kind of evaluation", where=task.key,
             got=" and ".join(given) or f"none of {', '.join(reports)}",
             fix="give one of inputs.evaluations=[FOLDER, ...], inputs.images=[...] and inputs.diffusion=[...]",
         )  # fmt: skip

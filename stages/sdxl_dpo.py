@@ -30,7 +30,7 @@ def run(config: SdxlDpoConfig, task: Task) -> Metrics:
     if (config.objective == "dspo_rm") != (reward is not None):
         raise PipelineError(
             "no reward model" if reward is None else "a reward model that nothing asks for",
-            where=f"{task.stage}:{task.name}", got=f"objective={config.objective}",
+            where=task.key, got=f"objective={config.objective}",
             fix="give inputs.reward=FOLDER" if reward is None else "set objective=dspo_rm, or leave out inputs.reward",
         )  # fmt: skip
     return train_sdxl_dpo(config, task, start_model(config, task, "model"), task.input("pairs"))

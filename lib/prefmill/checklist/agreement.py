@@ -12,7 +12,6 @@ from prefmill.core.statistics import (
     Array,
     Resampling,
     correlations,
-    means,
     quotient,
     ranks,
     second_moments,
@@ -71,11 +70,7 @@ def reliability(papers: Sequence[str], num_yes: Array, num_answers: Array, resam
 def mean_shift(papers: Sequence[str], shifts: Array, resampling: Resampling) -> Found:
     """The mean of `shifts` [N] over papers, every paper counting the same, with its interval; N is at least 1."""
     sums = sums_by(np.asarray(papers), np.column_stack([shifts, np.ones(len(shifts))]))
-    per_paper = sums[:, :1] / sums[:, 1:]
-    if len(per_paper) < MIN_PAPERS:
-        return {"value": round(float(per_paper.mean()), _DIGITS), "low": None, "high": None}
-    (found,) = means(per_paper, resampling)
-    return {key: round(getattr(found, key), _DIGITS) for key in ("value", "low", "high")}
+    return _interval(sums[:, :1] / sums[:, 1:], resampling, lambda means: means[:, 0])
 
 
 def rank_correlation(papers: Sequence[str], first: Array, second: Array, resampling: Resampling) -> Found | None:
@@ -91,12 +86,13 @@ def rank_correlation(papers: Sequence[str], first: Array, second: Array, resampl
     return _interval(sums_by(np.asarray(papers), second_moments(a, b)), resampling, correlations, -1.0)
 
 
-def _interval(sums: Array, resampling: Resampling, function: Any, lowest: float) -> Found:
-    """`function` of the sums' means, its interval cut at `lowest` and 1."""
+def _interval(sums: Array, resampling: Resampling, function: Any, lowest: float | None = None) -> Found:
+    """`function` of the sums' means, its interval cut at `lowest` and 1 where that is given."""
     if len(sums) < MIN_PAPERS:
         (value,) = function(sums.mean(axis=0, keepdims=True))
         return {"value": round(float(value), _DIGITS), "low": None, "high": None}
-    found = within(statistic(sums, resampling, function), resampling, lowest)
+    found = statistic(sums, resampling, function)
+    found = found if lowest is None else within(found, resampling, lowest)
     # Adding 0 makes a zero of the rounding's minus zero.
     return {name: round(getattr(found, name), _DIGITS) + 0.0 for name in ("value", "low", "high")}
 

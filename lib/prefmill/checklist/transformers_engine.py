@@ -28,6 +28,7 @@ from prefmill.core.records import Paper, Review
 from prefmill.distributed.devices import device_type
 from prefmill.families.causal.loading import ORIGIN, load_model
 from prefmill.families.causal.positions import position_border
+from prefmill.store.missing import in_batches
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -103,12 +104,9 @@ class TransformersEngine(PromptedEngine):
 
     def _answers(self, cache: Cache) -> list[Read]:
         """The answer to every item."""
-        size = self._config.item_batch_size
-        questions = self._behind_opening(self.prompts.questions)
         found: list[Read] = []
-        for start in range(0, len(questions), size):
-            rows = partial(self._rows, cache)
-            found += read_answers(rows, questions[start : start + size], self.prompts.answers)
+        for questions in in_batches(self._behind_opening(self.prompts.questions), self._config.item_batch_size):
+            found += read_answers(partial(self._rows, cache), questions, self.prompts.answers)
         return found
 
     def _quotes(self, cache: Cache, places: Sequence[int]) -> dict[int, str]:
@@ -118,8 +116,7 @@ class TransformersEngine(PromptedEngine):
         def text(ids: Sequence[int]) -> str:
             return OPENING + self.prompts.written(ids)
 
-        for start in range(0, len(places), self._config.item_batch_size):
-            some = places[start : start + self._config.item_batch_size]
+        for some in in_batches(places, self._config.item_batch_size):
             rows = [ids + opening for ids in self._behind_opening([self.prompts.quotes[place] for place in some])]
             ends, limit = self.model.generation_config.eos_token_id, self._config.evidence_max_tokens
             written = write(self._rows(cache), rows, limit, ends, lambda ids: is_closed(text(ids)))

@@ -129,14 +129,12 @@ def _parser() -> argparse.ArgumentParser:
     add_data_commands(commands)
     add_housekeeping(commands)
 
-    stages = new_command(commands, "stages", "list the stages: what each reads and writes", _stages)
+    stages = new_command(commands, "stages", "list the stages: what each reads and writes", _stages, "--json")
     stages.add_argument("--markdown", action="store_true", help="as the table of README.md")
-    stages.add_argument("--json", action="store_true", help="print JSON")
 
-    doctor = new_command(commands, "doctor", "check this machine, with a fix for every shortcoming", _doctor)
+    doctor = new_command(commands, "doctor", "check this machine, with a fix for every shortcoming", _doctor, "--json")
     doctor.add_argument("--workspace", type=Path, help="the folder to check for space and write access")
     doctor.add_argument("--model", help="a hub name or folder to check access to")
-    doctor.add_argument("--json", action="store_true", help="print JSON")
 
     built = "build tiny models of the real architectures, for tests"
     tiny = new_command(commands, "tiny-models", built, _tiny_models)

@@ -13,9 +13,8 @@ from prefmill.core.terminal import Say
 
 def add_commands(commands: Any) -> None:
     """Add every command of this module to the parser's commands."""
-    status = new_command(commands, "status", "show a run, task by task", _status, *OF_RUN)
+    status = new_command(commands, "status", "show a run, task by task", _status, *OF_RUN, "--json")
     status.add_argument("--watch", action="store_true", help="refresh until the run ends")
-    status.add_argument("--json", action="store_true", help="print JSON")
     status.add_argument("--every", type=_seconds, default=10.0, metavar="SECONDS", help="with --watch (default: 10)")
 
     new_command(commands, "verify", "hash every finished output of a run again", _verify, *OF_RUN)
@@ -32,13 +31,14 @@ def add_commands(commands: Any) -> None:
     cancel = new_command(commands, "cancel", ended, _cancel, "--workspace", "--run")
     cancel.add_argument("selector", nargs="?", metavar="STAGE[:TASK]", help="default: everything")
 
-    estimate = new_command(commands, "estimate", "check memory and limits before you queue", _estimate, *PLANNED)
+    estimate = new_command(
+        commands, "estimate", "check memory and limits before you queue", _estimate, *PLANNED, "--json"
+    )
     estimate.add_argument("--cluster", type=Path, metavar="FILE", help="a file of configs/clusters/")
     estimate.add_argument(
         "--measure", action="store_true", help="run slices of scoring and training here and forecast their hours"
     )
     estimate.add_argument("--only", metavar="STAGE[:TASK]", help="with --measure: this stage or task")
-    estimate.add_argument("--json", action="store_true", help="print JSON")
     estimate.add_argument("--gpu-memory", type=float, metavar="GB", help="of a GPU, where Slurm does not name its type")
     drilled = "the whole pipeline on the cluster, tiny, with a fire drill"
     new_command(commands, "rehearse", drilled, _rehearse, *PLANNED, "--cluster")

@@ -40,6 +40,11 @@ class Manifest(BaseModel):
     metrics: dict[str, Any]
     content_digest: str
 
+    @property
+    def key(self) -> str:
+        """The task that made it, STAGE:TASK."""
+        return f"{self.stage}:{self.task}"
+
 
 @dataclass(frozen=True)
 class Artifact:

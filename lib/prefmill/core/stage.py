@@ -69,6 +69,11 @@ class Task:
     logs: Path
     _last_progress: list[float] = field(default_factory=lambda: [0.0], repr=False, compare=False)
 
+    @property
+    def key(self) -> str:
+        """STAGE:TASK."""
+        return f"{self.stage}:{self.name}"
+
     def input(self, name: str) -> Artifact:
         """The one artifact given as input `name`."""
         (artifact,) = self.inputs[name]

@@ -41,11 +41,11 @@ def build(name: str, folder: Path, seed: int = 0) -> Path:
     return folder
 
 
-def build_served(folder: Path, seed: int = 0) -> Path:
+def build_served(folder: Path) -> Path:
     """Save the tiny Qwen2 with heads of 32, the smallest that vLLM serves, to `folder`."""
     from prefmill.demo.text import build_qwen2
 
-    build_qwen2(folder, _texts(seed), seed, hidden_size=128)
+    build_qwen2(folder, _texts(0), 0, hidden_size=128)
     return folder
 
 

@@ -16,6 +16,11 @@ from prefmill.distributed.devices import rank
 from prefmill.distributed.sharding import Sharded, is_sharded, reshard, shards_by_zero, uses_fsdp
 
 
+def inner_model(model: Any) -> Any:
+    """The model that an adapter wraps, or `model` itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def scoring_context(trainer: Any, config: Sharded) -> AbstractContextManager[Any]:
     """What the reference is scored in, so that it computes as the policy will: DeepSpeed trains without autocast."""
     context: AbstractContextManager[Any] = nullcontext() if config.deepspeed else trainer.compute_loss_context_manager()
@@ -89,7 +94,7 @@ def _share_by_zero(model: Any, args: Any, dtype: torch.dtype | None) -> None:
 
 def _layers(model: Any) -> list[nn.Module]:
     """The decoder layers, whose weights come together when they run."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
     return [part for part in model.modules() if type(part).__name__ in (inner._no_split_modules or ())]
 
 

@@ -49,7 +49,7 @@ def build_pairs(building: PairBuilding, artifacts: Sequence[Artifact], task: Tas
     if not num_ratings and not quarantine.rows:
         given = bool(building.sources or artifacts)
         raise InputError(
-            "no ratings", where=f"{task.stage}:{task.name}", got="files without a row" if given else None,
+            "no ratings", where=task.key, got="files without a row" if given else None,
             fix="write a line for each rating below the names of the columns" if given
             else "give inputs.ratings or sources",
         )  # fmt: skip

@@ -114,7 +114,7 @@ def held_out_prompts(wanted: ImageEvaluation, task: Task) -> list[ImagePrompt]:
         rows = (row for row in read_jsonl(pairs.file("pairs.jsonl")) if row["split"] in wanted.splits)
     else:
         raise ConfigError(
-            "no prompts to evaluate on", where=f"{task.stage}:{task.name}",
+            "no prompts to evaluate on", where=task.key,
             fix="give prompts=FILE, or inputs.pairs=FOLDER whose held-out prompts are taken",
         )  # fmt: skip
     found = {row["prompt_id"]: ImagePrompt(prompt_id=row["prompt_id"], prompt=row["prompt"]) for row in rows}
@@ -140,7 +140,7 @@ def one_scorer(wanted: ImageEvaluation, task: Task) -> Artifact | Path:
     if (given is None) == (wanted.published_scorer is None):
         raise ConfigError(
             "no scorer to judge with" if given is None else "two scorers to judge with",
-            where=f"{task.stage}:{task.name}", fix="give inputs.scorer=FOLDER of train_reward, or published_scorer",
+            where=task.key, fix="give inputs.scorer=FOLDER of train_reward, or published_scorer",
         )  # fmt: skip
     return given or wanted.published_scorer  # type: ignore[return-value]
 

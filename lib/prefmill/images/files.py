@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from prefmill.store.picture_formats import FORMATS
-from prefmill.store.pictures import MAX_PIXELS, as_seen, check_image, reading, upright_size
+from prefmill.store.pictures import as_seen, check_image, reading, upright_size
 
 
 @dataclass(frozen=True)
@@ -21,13 +21,13 @@ class ImageFacts:
     suffix: str
 
 
-def inspect_image(content: bytes | Path, where: object = None, max_pixels: int = MAX_PIXELS) -> ImageFacts:
+def inspect_image(content: bytes | Path, where: object = None) -> ImageFacts:
     """Decode an image wholly, to be sure that it can be; raises ImageError naming the fault: see `check_image`."""
     where = where or (content if isinstance(content, Path) else None)
     with reading(where):
         # Read once: the digest is that of the very bytes that were decoded, even if the file changes meanwhile.
         data = content.read_bytes() if isinstance(content, Path) else content
-        image = check_image(data, where, max_pixels)
+        image = check_image(data, where)
         width, height = upright_size(image)
         pixels = hashlib.sha256(f"{width}x{height}".encode() + as_seen(image, where).tobytes()).hexdigest()
     return ImageFacts(width, height, hashlib.sha256(data).hexdigest(), pixels, FORMATS[str(image.format)])

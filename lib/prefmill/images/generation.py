@@ -229,7 +229,7 @@ def _store(
     model: Any, batch: Sequence[ImageJob], latents: torch.Tensor, sampling: ImageSampling, label: str, output: Path
 ) -> None:
     for job, item in zip(batch, latents, strict=True):
-        _require_finite(item, job, model)
+        _require_finite(item, job)
         image = decode(model, item)
         target = output / job.file
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -272,7 +272,7 @@ def _row(job: ImageJob, output: Path) -> GeneratedImage:
     )  # fmt: skip
 
 
-def _require_finite(latents: torch.Tensor, job: ImageJob, model: Any) -> None:
+def _require_finite(latents: torch.Tensor, job: ImageJob) -> None:
     if not bool(latents.isfinite().all()):
         raise InputError(
             "the model made latents that are not finite", where=f"prompt {job.prompt_id}, seed {job.seed}",

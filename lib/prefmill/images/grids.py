@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from prefmill.core.files import replacing
 from prefmill.core.image_rows import GeneratedImage
+from prefmill.store.missing import in_batches
 from prefmill.store.pictures import open_image
 
 if TYPE_CHECKING:
@@ -23,8 +24,7 @@ def write_grids(output: Path, folder: str, rows: Sequence[GeneratedImage], sides
 
     `rows` are the first side's, sorted by prompt and seed.
     """
-    prompts = [rows[start : start + num_seeds] for start in range(0, len(rows), num_seeds)]
-    pages = [prompts[start : start + PROMPTS_A_GRID] for start in range(0, len(prompts), PROMPTS_A_GRID)]
+    pages = in_batches(in_batches(rows, num_seeds), PROMPTS_A_GRID)
     for number, page in enumerate(pages):
         target = output / folder / f"{number:03}.png"
         target.parent.mkdir(parents=True, exist_ok=True)

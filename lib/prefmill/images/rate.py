@@ -84,7 +84,7 @@ def rate_images(wanted: RateImages, task: Task) -> Metrics:
     """Write `ratings.csv`, `images/`, `images.jsonl`, `quarantine.jsonl` and `summary.json`; the metrics are counts."""
     if task.optional_input("reward") is not None and not isinstance(wanted.rater, RewardConfig):
         raise ConfigError(
-            "a reward model that nothing asks for", where=f"{task.stage}:{task.name}",
+            "a reward model that nothing asks for", where=task.key,
             got=f"rater.by={wanted.rater.by}", fix="set rater.by=reward, or leave out inputs.reward",
         )  # fmt: skip
     collection = _read_images(wanted, task)
@@ -150,7 +150,7 @@ def _read_images(wanted: RateImages, task: Task) -> Collection:
     artifacts = task.inputs.get("images", ())
     if bool(artifacts) == (wanted.images is not None):
         raise ConfigError(
-            "no images to rate" if not artifacts else "images from two places", where=f"{task.stage}:{task.name}",
+            "no images to rate" if not artifacts else "images from two places", where=task.key,
             fix="give either inputs.images=FOLDER of generate_images, or images=FOLDER of your own",
         )  # fmt: skip
     collection = Collection()
@@ -173,7 +173,7 @@ def _ask_program(
         if (model is None) == (rater.folder is None):
             raise ConfigError(
                 "no reward model to rate with" if model is None else "two reward models to rate with",
-                where=f"{task.stage}:{task.name}",
+                where=task.key,
                 fix="give inputs.reward=FOLDER of train_reward, or rater.folder, or another rater.by",
             )  # fmt: skip
         from prefmill.families.reward.scoring import score_images

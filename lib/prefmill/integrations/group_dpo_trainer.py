@@ -23,6 +23,7 @@ from transformers.modeling_outputs import MoeModelOutputWithPast
 from trl import DPOTrainer
 
 from prefmill.core.errors import ConfigError
+from prefmill.distributed.scoring import inner_model
 from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import pack
 
@@ -152,7 +153,7 @@ def sharing_prompts(model: Any) -> Iterator[None]:
 
     Other calls, such as generation, run as they did, with the attention that the model came with.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = inner_model(model)
     if getattr(base, _MARK, False):  # a loss within a step
         yield
         return

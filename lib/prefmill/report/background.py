@@ -172,7 +172,7 @@ def _describe(artifact: Artifact) -> Row:
     """What identifies an artifact. The code's version and paths stay out: they differ where the content does not."""
     manifest = artifact.manifest
     return {
-        "name": f"{manifest.stage}:{manifest.task}",
+        "name": manifest.key,
         "kind": manifest.kind,
         "digest": manifest.content_digest,
         "num_files": len(manifest.files),

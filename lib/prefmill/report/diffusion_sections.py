@@ -62,7 +62,7 @@ def _evaluation(evaluation: Artifact, resampling: Resampling, examples: int) -> 
     changes = _changes(columns[first], columns[last], resampling) if len(models) > 1 else {}
     told = changes.get("preference_accuracy") or changes.get("wanted_share")
     return {
-        "name": f"{evaluation.manifest.stage}:{evaluation.manifest.task}",
+        "name": evaluation.manifest.key,
         "models": models,
         "first": first,
         "last": last,

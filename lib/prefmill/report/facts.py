@@ -43,7 +43,7 @@ def _name(artifact: Artifact) -> str:
     """The hub name or the folder's own; never a path, which differs between machines."""
     given = artifact.manifest.identity.get("config", {}).get("model_name_or_path")
     if not given:
-        return f"{artifact.manifest.stage}:{artifact.manifest.task}"
+        return artifact.manifest.key
     return PurePath(given).name if PurePath(given).is_absolute() else str(given)
 
 

@@ -59,7 +59,7 @@ def _evaluation(evaluation: Artifact, known: Mapping[str, Artifact]) -> Row:
     grids = [entry.path for entry in evaluation.manifest.files if entry.path.startswith("grids/")]
     rate = metrics["dimensions"]["mean"]["win_rate"]
     return {
-        "name": f"{evaluation.manifest.stage}:{evaluation.manifest.task}",
+        "name": evaluation.manifest.key,
         "metrics": metrics,
         "conclusion": evaluation.manifest.metrics["conclusion"][0],
         "verdict": "helped" if rate["low"] > 0.5 else "hurt" if rate["high"] < 0.5 else "unclear",
@@ -138,7 +138,7 @@ def _of_the_scorer(scorer: Artifact | None) -> str:
 def _reward(reward: Artifact) -> Row:
     metrics = reward.json("metrics.json")
     return {
-        "name": f"{reward.manifest.stage}:{reward.manifest.task}",
+        "name": reward.manifest.key,
         "metrics": metrics,
         "pairs": reward.manifest.metrics["pairs"],
         "rows": [

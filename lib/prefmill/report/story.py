@@ -66,7 +66,7 @@ def tell(
         verdict=verdict,
         helped=helped.format(**names),
         how_much=_how_much(compared),
-        how_sure=_how_sure(compared, pair, confidence),
+        how_sure=_how_sure(pair, confidence),
         doubts=(*_doubts(compared, pair, confidence), *of_data, *_general_doubts(compared, evaluations)),
         harms=tuple(_harm(compared, pair, measure) for measure in worse),
     )
@@ -143,7 +143,7 @@ def _how_much(compared: Compared) -> str:
     return f"The mean checklist score goes {path}, of at most {compared['max_score']:g}.{human}"
 
 
-def _how_sure(compared: Compared, pair: Mapping[str, Any], confidence: float) -> str:
+def _how_sure(pair: Mapping[str, Any], confidence: float) -> str:
     score, wins = pair["measures"][SCORE], pair["win_rate"]
     parts = [
         f"{pair['candidate']} − {pair['baseline']} = {with_interval(score, '+.2f')}, "

@@ -91,7 +91,7 @@ def cost_lines(artifacts: Iterable[Artifact]) -> list[str]:
     lines = []
     for artifact in sorted(artifacts, key=lambda item: (item.manifest.stage, item.manifest.task)):
         if "seconds" in (record := read_record(artifact.path / RUN_RECORD)):
-            name = f"{artifact.manifest.stage}:{artifact.manifest.task}"
+            name = artifact.manifest.key
             lines.append(f"{name:<32} {record['seconds']:>10.1f} s {record.get('peak_memory_gb', 0):>8.2f} GB")
     return lines
 
@@ -140,7 +140,7 @@ def _task_cost(artifact: Artifact) -> Row | None:
     # Attempts of earlier versions have noted no GPUs.
     gpus = [row.get("gpus", 0) for row in attempts] or [0]
     return {
-        "name": f"{artifact.manifest.stage}:{artifact.manifest.task}",
+        "name": artifact.manifest.key,
         "attempts": len(spans),
         "hours": sum(spans),
         # By what the job held, used or not: that is what a cluster bills.

@@ -94,12 +94,12 @@ def cut_share(width: int, height: int, size: tuple[int, int]) -> float:
     return 1 - size[0] * size[1] / (width * height * scale**2)
 
 
-def check_image(data: bytes, where: object, max_pixels: int = MAX_PIXELS) -> Image:
+def check_image(data: bytes, where: object) -> Image:
     """The image in `data`, decoded as it is stored and checked to its last byte; raises ImageError naming `where`."""
     with reading(where):
-        _opened(io.BytesIO(data), where, max_pixels).verify()  # checksums to the end, which decoding does not need
+        _opened(io.BytesIO(data), where).verify()  # checksums to the end, which decoding does not need
         # Opened anew: after verify() Pillow's image is of no further use.
-        image = _opened(io.BytesIO(data), where, max_pixels)
+        image = _opened(io.BytesIO(data), where)
         image.load()
         _require_scale(image, where)
         return image
@@ -154,13 +154,13 @@ def reading(where: object) -> Iterator[None]:
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         raise ImageError("missing image", where=where, fix="put the file there, or take the row out") from None
     except Image.DecompressionBombError as error:
-        raise _too_large(str(error), where, MAX_PIXELS) from None
+        raise _too_large(str(error), where) from None
     except (OSError, RuntimeError, SyntaxError, ValueError, struct.error) as error:  # the last of EXIF
         got = (str(error).splitlines() or [type(error).__name__])[0]
         raise ImageError("damaged image", where=where, got=got, fix=_AGAIN) from None
 
 
-def _opened(source: str | Path | io.BytesIO, where: object, max_pixels: int = MAX_PIXELS) -> Image:
+def _opened(source: str | Path | io.BytesIO, where: object) -> Image:
     """The size is looked at before any pixel is decoded."""
     from PIL import Image, UnidentifiedImageError
 
@@ -177,8 +177,8 @@ def _opened(source: str | Path | io.BytesIO, where: object, max_pixels: int = MA
             "an image in colours that are not read", where=where, got=colours, expected="sRGB, or an ICC profile",
             fix="convert it to sRGB",
         )  # fmt: skip
-    if image.width * image.height > max_pixels:
-        raise _too_large(f"{image.width} x {image.height} pixels", where, max_pixels)
+    if image.width * image.height > MAX_PIXELS:
+        raise _too_large(f"{image.width} x {image.height} pixels", where)
     if image.format == "PNG" and image.tile and (scale := _CLEAR_AS.get(str(image.tile[0].args))):
         clear = image.info.get("transparency")
         if clear is not None:
@@ -308,8 +308,8 @@ def _require_scale(image: Any, where: object) -> None:
         )  # fmt: skip
 
 
-def _too_large(got: str, where: object, max_pixels: int) -> ImageError:
+def _too_large(got: str, where: object) -> ImageError:
     return ImageError(
-        "image too large to decode", where=where, got=got, expected=f"at most {max_pixels:,} pixels",
+        "image too large to decode", where=where, got=got, expected=f"at most {MAX_PIXELS:,} pixels",
         fix="scale it down",
     )  # fmt: skip

@@ -47,7 +47,7 @@ def verify(artifact: Artifact) -> None:
 def _hash(artifact: Artifact, entries: Iterable[FileEntry]) -> None:
     for entry, found in ((entry, digest_path(artifact.path / entry.path)) for entry in entries):
         if found != entry.sha256:
-            made = f"{artifact.manifest.stage}:{artifact.manifest.task}"
+            made = artifact.manifest.key
             raise ArtifactError(
                 "artifact's content has changed since it was made", where=artifact.path / entry.path,
                 got=f"sha256 {found}", expected=entry.sha256,

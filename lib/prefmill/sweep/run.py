@@ -57,7 +57,7 @@ def sweep(config: StudyConfig, task: Task, draw: Draw) -> Metrics:
     The study lies beside the workers' outputs and outlives them: a worker that comes back goes on with the trial it
     had, others take over a trial whose worker gives no sign of life, and a trial that has ended never runs again.
     """
-    where = f"{task.stage}:{task.name}"
+    where = task.key
     check_space(config, where)
     independent(config, task.inputs)
     folder = study_folder(task, config.study_name)

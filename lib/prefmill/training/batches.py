@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from prefmill.core.errors import ConfigError
+from prefmill.store.missing import in_batches
 from prefmill.training.data import Group
 
 if TYPE_CHECKING:
@@ -115,8 +116,7 @@ def plan_group_batches(
         step_pairs = sum(len(groups[member].pairs) for member in members)
         # The last microbatch is where ranks exchange gradients: what is empty comes first.
         cells = [()] * (rows * world_size - len(bins)) + bins
-        for start in range(0, len(cells), world_size):
-            row = cells[start : start + world_size]
+        for row in in_batches(cells, world_size):
             plan += [Microbatch(parts, step_pairs, step, epoch, skipped=not any(row)) for parts in row]
     return plan
 

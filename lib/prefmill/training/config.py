@@ -263,7 +263,7 @@ def start_model(config: TrainingConfig, task: Task, name: str) -> str:
     if artifact is None and config.model_name_or_path is not None:
         return config.model_name_or_path
     raise PipelineError(
-        "no model to start from" if artifact is None else "two models to start from", where=f"{task.stage}:{task.name}",
+        "no model to start from" if artifact is None else "two models to start from", where=task.key,
         got=None if artifact is None else f"input {name} = {artifact.path} and {config.model_name_or_path}",
         fix=f"give either inputs.{name}=FOLDER or model_name_or_path",
     )  # fmt: skip

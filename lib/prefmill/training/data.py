@@ -116,7 +116,7 @@ def rows_of_input(task: Task, names: str, has_own: bool, own_key: str) -> tuple[
     if (datasets is None) != has_own:
         raise PipelineError(
             "no dataset to train on" if datasets is None else "two datasets to train on",
-            where=f"{task.stage}:{task.name}", fix=f"give either inputs.datasets=FOLDER or {own_key}",
+            where=task.key, fix=f"give either inputs.datasets=FOLDER or {own_key}",
         )  # fmt: skip
     if datasets is None:
         if not names.endswith("_clean"):

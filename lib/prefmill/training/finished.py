@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prefmill.core.errors import DivergedError, InputError, PipelineError
 from prefmill.core.precision import Precision, torch_dtype
+from prefmill.distributed.scoring import inner_model
 from prefmill.distributed.sharding import shares_weights
 from prefmill.training.config import TrainingConfig, weights_precision
 
@@ -130,7 +131,7 @@ def ensure_savable(model: Any, processor: Any) -> None:
     Called before references are scored: whatever cannot be saved would be lost with the first checkpoint.
     """
     # PEFT's wrapper would save the adapter alone, and leave the base's files untried.
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
     mend_generation_config(inner)
     generation = getattr(inner, _GENERATION, None)
     with TemporaryDirectory() as scratch:

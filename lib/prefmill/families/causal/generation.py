@@ -17,7 +17,7 @@ from prefmill.families.causal.chat import end_token_ids, image_paths, prompt_tex
 from prefmill.families.causal.positions import position_border
 from prefmill.families.causal.thoughts import said
 from prefmill.families.causal.vision_parts import sees_both_ways
-from prefmill.store.missing import Progress, kept_rows, silent
+from prefmill.store.missing import Progress, in_batches, kept_rows, silent
 
 if TYPE_CHECKING:
     import torch
@@ -96,7 +96,7 @@ def max_prompt_tokens(config: PreTrainedConfig, max_new_tokens: int) -> int | No
 
 def plan_batches(
     requests: Sequence[GenerationRequest], batch_size: int, border: int | None = None, num_new: int = 0
-) -> list[list[GenerationRequest]]:
+) -> list[Sequence[GenerationRequest]]:
     """Batches of similar prompt length, the longest first (a batch too large for memory fails at once).
 
     Where a model has other positions beyond `border` tokens, prompts that pass it, prompts that do not within
@@ -113,7 +113,7 @@ def plan_batches(
 
     ordered = sorted(requests, key=lambda request: (-len(request.prompt_ids), request.key, request.sample))
     alike = [list(group) for _, group in groupby(ordered, side)]
-    return [group[start : start + batch_size] for group in alike for start in range(0, len(group), batch_size)]
+    return [batch for group in alike for batch in in_batches(group, batch_size)]
 
 
 def generate_reviews(

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from prefmill.core.errors import InputError, PrefmillError
 from prefmill.core.precision import torch_dtype
+from prefmill.distributed.scoring import inner_model
 from prefmill.distributed.sharding import Sharded, shares_weights, uses_fsdp
 from prefmill.families.causal.group_attention import own_attention, use_group_attention
 from prefmill.families.causal.group_layout import pack
 from prefmill.families.causal.scorer import (
     encode_sequences,
     forward_as,
-    inner_model,
     logps_of,
     patch_forward,
     score_batch,

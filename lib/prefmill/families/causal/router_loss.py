@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from prefmill.core.errors import ConfigError
+from prefmill.distributed.scoring import inner_model
 from prefmill.training.family import Family
 
 
@@ -26,7 +27,7 @@ class RoutedFamily(Family):
         """The weighted loss of the batch that was scored last; it is taken once."""
         while hasattr(model, "module"):
             model = model.module
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = inner_model(model)
         loss: Tensor = inner.router_loss
         inner.router_loss = None  # or its graph would outlive the step
         return self.coefficient * loss

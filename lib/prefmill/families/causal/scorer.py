@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
+from prefmill.distributed.scoring import inner_model
 from prefmill.distributed.sharding import pad_chunks
 from prefmill.families.causal.router_loss import balancing_loss
 from prefmill.families.causal.varlen_attention import Segment, VarlenIndex
@@ -99,11 +100,6 @@ def score_batch(model: Any, batch: Batch) -> Tensor:
     inputs = {name: value for name, value in given.items() if name not in ("lengths", "chosen", "rejected")}
     scores: Tensor = model(**inputs, num_responses=len(batch.lengths))
     return scores
-
-
-def inner_model(model: Any) -> Any:
-    """The model that an adapter wraps, or `model` itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _forward(

@@ -213,11 +213,11 @@ class Loaded:
         return WrittenAnswer(text.strip(), ended=ids[-1] in ends)
 
 
-def batches_by_length(lengths: Sequence[int], batch_size: int, mixed: bool) -> list[list[int]]:
+def batches_by_length(lengths: Sequence[int], batch_size: int, mixed: bool) -> list[Sequence[int]]:
     """Places of prompts of these lengths, the shortest first, in batches; of one length each unless `mixed`."""
     ordered = sorted(range(len(lengths)), key=lambda place: (lengths[place], place))
     runs = [ordered] if mixed else [list(run) for _, run in groupby(ordered, key=lambda place: lengths[place])]
-    return [run[start : start + batch_size] for run in runs for start in range(0, len(run), batch_size)]
+    return [batch for run in runs for batch in in_batches(run, batch_size)]
 
 
 def answer_ends(model: Any, tokenizer: Any) -> frozenset[int]:

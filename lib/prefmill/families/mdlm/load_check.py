@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefmill.core.errors import InputError
+from prefmill.distributed.scoring import inner_model
 from prefmill.families.causal.load_check import TOLERANCE, scored_in_training
-from prefmill.families.causal.scorer import forward_as, inner_model, logps_of
+from prefmill.families.causal.scorer import forward_as, logps_of
 from prefmill.families.mdlm.blocks import block_keys, block_spans
 from prefmill.families.mdlm.estimator import Draws
 from prefmill.families.mdlm.loading import require_both_ways

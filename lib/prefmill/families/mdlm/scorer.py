@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from prefmill.core.errors import InputError
+from prefmill.distributed.scoring import inner_model
 from prefmill.distributed.sharding import missing_runs
 from prefmill.families.causal.scorer import (
     forward_as,
-    inner_model,
     logps_inside,
     recomputed,
     restore_own_forward,
@@ -22,6 +22,7 @@ from prefmill.families.causal.scorer import (
 )
 from prefmill.families.mdlm.blocks import block_keys
 from prefmill.families.mdlm.estimator import Draws
+from prefmill.store.missing import in_batches
 from prefmill.training.batches import Movable
 
 
@@ -224,8 +225,7 @@ def chunks(
     """
     for end in sorted(set(ends)):
         alike = [(s, d) for s, length in enumerate(ends) if length == end for d in range(len(counts[s]))]
-        for start in range(0, len(alike), forward_batch_size):
-            piece = alike[start : start + forward_batch_size]
+        for piece in in_batches(alike, forward_batch_size):
             sample, draw = torch.tensor(piece).T.to(device, non_blocking=True)
             yield Rows(sample, draw, end, sum(counts[s][d] for s, d in piece))
 

@@ -16,10 +16,10 @@ from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerContro
 from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
+from prefmill.distributed.scoring import inner_model
 from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_fsdp
 from prefmill.families.causal.loading import LOADING, ORIGIN, require_same_tokens
 from prefmill.families.causal.quantized import require_trainable
-from prefmill.families.causal.scorer import inner_model
 from prefmill.families.causal.whole import require_embedded
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
@@ -190,10 +190,10 @@ def checkpoint_layers(model: nn.Module) -> None:
         layer.forward = partial(checkpoint, layer.forward, use_reentrant=False, preserve_rng_state=False)
 
 
-def install_for(model: Any, config: DiffusionModelConfig, tokenizer: Any, forward_batch_size: int) -> Any:
-    """`model` scoring, as the configuration says how its outputs are read."""
+def install_for(model: Any, config: DiffusionModelConfig, tokenizer: Any, forward_batch_size: int) -> None:
+    """Have `model` score, as the configuration says how its outputs are read."""
     mask, shifted = _outputs_of(model, config, tokenizer)
-    return patch_forward(
+    patch_forward(
         model, mask_token_id=mask, shifted=shifted, forward_batch_size=forward_batch_size,
         block_length=config.block_length,
     )  # fmt: skip

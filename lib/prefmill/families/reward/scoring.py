@@ -18,11 +18,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-def score_images(
-    folder: Path, prompts: Sequence[str], paths: Sequence[Path], batch_size: int = 16
-) -> NDArray[np.float32]:
+def score_images(folder: Path, prompts: Sequence[str], paths: Sequence[Path]) -> NDArray[np.float32]:
     """Rewards of N images for their prompts, by the reward model in `folder`: see `open_scorer`."""
-    return open_scorer(folder, batch_size)(prompts, paths)
+    return open_scorer(folder)(prompts, paths)
 
 
 def open_scorer(folder: Path, batch_size: int = 16) -> Callable[[Sequence[str], Sequence[Path]], NDArray[np.float32]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,13 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefmill.core.files import replacing
 from prefmill.core.precision import torch_dtype
+from prefmill.distributed.scoring import inner_model
 from prefmill.families.sdxl.backbone import prompt_arguments
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.encoding import TextKeys
 from prefmill.families.sdxl.generator import decode, unpacked
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.store.tensor_cache import TensorCache
-from prefmill.training.pictures import log_picture
 
 EMA_FILE = "ema.safetensors"
 SAMPLES = "samples"
@@ -101,7 +101,7 @@ class SampleGrid(TrainerCallback):
         autocast = torch.autocast(args.device.type, torch_dtype(precision), enabled=precision != "fp32")
         with torch.no_grad(), autocast:
             # The adapter stays in effect: peft has put it into the UNet's own layers.
-            images = self.draw(model.get_base_model() if hasattr(model, "get_base_model") else model, args.device)
+            images = self.draw(inner_model(model), args.device)
         model.train()
         path = self.logs / SAMPLES / f"step_{state.global_step:05}.png"
         save_grid(images, path)
@@ -154,3 +154,42 @@ def save_grid(images: Sequence[Any], path: Path) -> None:
 
 def _trained(model: Any) -> list[tuple[str, Tensor]]:
     return [(name, value) for name, value in model.named_parameters() if value.requires_grad]
+
+
+def log_picture(trackers: Sequence[str], logs: Path, name: str, path: Path, step: int) -> None:
+    """Hand the picture at `path` to those of `trackers` (keys of `report_to`) that show pictures, as of `step`."""
+    for tracker in trackers:
+        if tracker in _LOGGERS:
+            _LOGGERS[tracker](logs, name, path, step)
+
+
+def _tensorboard(logs: Path, name: str, path: Path, step: int) -> None:
+    import numpy as np
+    from PIL import Image
+    from torch.utils.tensorboard import SummaryWriter
+
+    with SummaryWriter(str(logs / "tensorboard")) as writer:  # a file of its own beside the curves'
+        writer.add_image(name, np.asarray(Image.open(path).convert("RGB")), step, dataformats="HWC")
+
+
+def _wandb(logs: Path, name: str, path: Path, step: int) -> None:
+    import wandb
+
+    if wandb.run is not None:
+        # Not `step=`: W&B drops what comes for a step that it has closed; transformers logs by this name too.
+        wandb.run.log({name: wandb.Image(str(path)), "train/global_step": step})
+
+
+def _trackio(logs: Path, name: str, path: Path, step: int) -> None:
+    import trackio
+    from PIL import Image
+
+    # Not `step=`: trackio counts its own calls; transformers logs by this name too.
+    trackio.log({name: trackio.Image(Image.open(path)), "train/global_step": step})
+
+
+_LOGGERS: dict[str, Callable[[Path, str, Path, int], None]] = {
+    "tensorboard": _tensorboard,
+    "wandb": _wandb,
+    "trackio": _trackio,
+}

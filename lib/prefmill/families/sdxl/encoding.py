@@ -24,6 +24,7 @@ from prefmill.families.sdxl.backbone import backbone_of, call_sdxl
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.generator import too_long
 from prefmill.families.sdxl.loading import SdxlFolder
+from prefmill.store.missing import in_batches
 from prefmill.store.pictures import DECODER, cut_images, enlarged_images, open_image
 from prefmill.store.tensor_cache import TensorCache
 
@@ -108,10 +109,9 @@ def encode_images(
     wait_for_all()
 
 
-def _of_one_size(images: Sequence[tuple[str, Any]], batch_size: int) -> Iterator[list[tuple[str, Any]]]:
+def _of_one_size(images: Sequence[tuple[str, Any]], batch_size: int) -> Iterator[Sequence[tuple[str, Any]]]:
     for _, same in groupby(images, key=lambda item: item[1][2]):
-        held = list(same)
-        yield from (held[start : start + batch_size] for start in range(0, len(held), batch_size))
+        yield from in_batches(list(same), batch_size)
 
 
 def encode_texts(

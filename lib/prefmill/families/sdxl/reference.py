@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,6 +18,7 @@ from prefmill.distributed.collectives import from_all_ranks, rank_zero_says
 from prefmill.distributed.devices import rank
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.family import PairReader, errors, predict_pairs
+from prefmill.store.missing import in_batches
 from prefmill.training.reference import keep_together, require_numbers
 
 CHUNK = 32  # pairs a file: a killed run loses no more than that
@@ -112,10 +113,8 @@ class ReferenceErrors:
             values |= {_named(place): prediction for place, prediction in enumerate(each)}
         return values
 
-    def _batches(self, chunk: Chunk) -> Iterator[Sequence[PairImages]]:
-        pairs = self.pairs[chunk[1] * CHUNK : (chunk[1] + 1) * CHUNK]
-        for start in range(0, len(pairs), self.at_once):
-            yield pairs[start : start + self.at_once]
+    def _batches(self, chunk: Chunk) -> Sequence[Sequence[PairImages]]:
+        return in_batches(self.pairs[chunk[1] * CHUNK : (chunk[1] + 1) * CHUNK], self.at_once)
 
     def _run(self, model: Any, pairs: Sequence[PairImages], epoch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Scores [n, 2] and the winners' predictions [n, C, H, W]; a short batch is filled up with its last pair."""
@@ -131,7 +130,7 @@ class ReferenceErrors:
 
     def _still_right(self, model: Any, chunk: Chunk, device: torch.device) -> bool:
         """Whether this model still gives what is kept for the chunk's first pairs; says so where it does not."""
-        pairs = next(self._batches(chunk))
+        pairs = self._batches(chunk)[0]
         kept = self.reader.cache.load(self.key(chunk), "scores")["scores"][: len(pairs)]
         again, _ = self._run(model, pairs, chunk[0], device)
         worst = ((again - kept).abs() / kept.abs().clamp_min(1e-6)).max().item()

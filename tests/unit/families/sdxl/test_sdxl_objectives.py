@@ -14,9 +14,8 @@ from toy_diffusion import make_schedule
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
-from prefmill.families.sdxl.dpo import choose_objective, settings_of
+from prefmill.families.sdxl.dpo import choose_objective, cosine_to_sft, settings_of
 from prefmill.families.sdxl.family import SdxlFamily
-from prefmill.families.sdxl.telemetry import cosine_to_sft
 from prefmill.training.objectives import (
     OBJECTIVES,
     PairScores,

@@ -17,7 +17,7 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from prefmill.core.errors import ConfigError
 from prefmill.core.image_rows import ImagePrompt
 from prefmill.demo.tiny_models import build
-from prefmill.families.sdxl.callbacks import SampleGrid
+from prefmill.families.sdxl.callbacks import SampleGrid, log_picture
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.encoding import (
@@ -40,7 +40,6 @@ from prefmill.images.generation import make_images, plan_jobs
 from prefmill.images.sampling import ImageSampling
 from prefmill.store.pictures import cut_share
 from prefmill.store.tensor_cache import TensorCache
-from prefmill.training.pictures import log_picture
 from prefmill.training.trainer import work_of
 
 CPU = torch.device("cpu")
