@@ -90,7 +90,7 @@ def plain_loss(folder: Path) -> float:
         asked = tokenizer(prompt)["input_ids"]
         ids = tokenizer(tokenizer.apply_chat_template(chat, tokenize=False))["input_ids"]
         with torch.no_grad():
-            logps = model(torch.tensor([ids])).logits[0].double().log_softmax(-1)
+            logps = model(torch.tensor([ids]), use_cache=False).logits[0].double().log_softmax(-1)
         places = range(len(asked), len(ids))
         total, count = total - sum(float(logps[n - 1, ids[n]]) for n in places), count + len(places)
     return total / count
