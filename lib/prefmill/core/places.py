@@ -41,6 +41,11 @@ def expand_home(path: str | Path) -> Path:
     return Path(os.path.expanduser(path))  # Path's own raises RuntimeError
 
 
+def looks_local(name: str) -> bool:
+    """Whether the name of a model can be a path alone: one on the hub has one slash at most."""
+    return name.startswith((".", "/", "~")) or name.count("/") > 1
+
+
 def default_workspace() -> Path:
     """The current folder where it has pipelines, as `prefmill init` lays them down; else the checkout of `stages`.
 

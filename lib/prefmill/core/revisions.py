@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from prefmill.core.files import read_record, sample_digest, write_record
-from prefmill.core.places import expand_home
+from prefmill.core.places import expand_home, looks_local
 
 # The keys that name what a revision is of; the second is set where the first names a file or folder.
 _OF = {
@@ -36,9 +36,18 @@ def require_hub_name(key: str, named: str, value: str | Path | None) -> None:
         raise ValueError(f"{key}: only what is on the hub has revisions, and {got}; leave {key} out")
 
 
+def hub_file(name: str, file: str, revision: str | None = None) -> str | None:
+    """Where a file of a model is, in its folder, the cache or fetched from the hub; None where it has none."""
+    from transformers.utils.hub import cached_file
+
+    quiet: Any = {f"_raise_exceptions_for_{cause}": False for cause in ("missing_entries", "connection_errors")}
+    found: str | None = cached_file(name, file, revision=revision, **quiet)
+    return found
+
+
 def snapshot(name: str, revision: str | None = None) -> Path | None:
     """The cache's folder of a repository on the hub, which may not exist; None for `name` that cannot be one's."""
-    if name.count("/") > 1 or name.startswith((".", "/", "~")) or Path(name).is_dir():  # gpt2 has no slash
+    if looks_local(name) or Path(name).is_dir():  # gpt2 has no slash
         return None
     from huggingface_hub import constants
 

@@ -13,10 +13,9 @@ from prefmill.core.errors import InputError
 from prefmill.pairs.formats import FORMS
 from prefmill.pairs.forms import Form, Judgement, Parse, Row, Tags
 from prefmill.pairs.pairing import FoundRow, Group, UnusableRow, grouped, prompt_of, row_name, unpaired
-from prefmill.pairs.pictures import image_path
 from prefmill.pairs.sources import PairSource, parsed_rows
 from prefmill.pairs.turns import Chat, alpaca_prompt, as_answer, as_chat, place_images, sole_answer
-from prefmill.pairs.writing import OwnRow, own_rows, write_split
+from prefmill.pairs.writing import OwnRow, beside, own_rows, write_split
 
 # Without these a row of a preference would have the keys of two forms, which is refused.
 _PREFERENCE_KEYS = ("chosen", "rejected", "label")
@@ -123,9 +122,5 @@ def _distinct(chats: Iterable[tuple[str, Judgement]]) -> Iterator[tuple[str, Jud
 
 
 def _own_row(name: str, chat: Judgement, source: PairSource, folder: Path) -> dict[str, Any]:
-    row: dict[str, Any] = {"id": name, "messages": [*chat.messages, as_answer(chat.answer)]}
-    if chat.tools:
-        row["tools"] = list(chat.tools)
-    if chat.images:
-        row["images"] = [image_path(image, name, source.image_base, folder) for image in chat.images]
-    return row
+    messages = [*chat.messages, as_answer(chat.answer)]
+    return {"id": name, "messages": messages, **beside(name, chat, source, folder)}

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from prefmill.core.errors import InputError
 from prefmill.core.files import unique_suffix
-from prefmill.pairs.forms import Preference, words
+from prefmill.pairs.forms import Judgement, Preference, words
 from prefmill.pairs.pairing import UnusableRow, pair_up, prompt_of
 from prefmill.pairs.pictures import image_path
 from prefmill.pairs.sources import PairSource, parsed_rows
@@ -119,10 +119,14 @@ def _own_row(pair_id: str, group: str, pair: Preference, source: PairSource, fol
         "chosen": _said(as_answer(pair.chosen)),
         "rejected": _said(as_answer(pair.rejected)),
     }
-    if pair.tools:
-        row["tools"] = list(pair.tools)
-    if pair.images:
-        row["images"] = [image_path(image, pair_id, source.image_base, folder) for image in pair.images]
+    return row | beside(pair_id, pair, source, folder)
+
+
+def beside(row_id: str, found: Preference | Judgement, source: PairSource, folder: Path) -> dict[str, Any]:
+    """The tools and images of one of prefmill's own rows, where it has any."""
+    row: dict[str, Any] = {"tools": list(found.tools)} if found.tools else {}
+    if found.images:
+        row["images"] = [image_path(image, row_id, source.image_base, folder) for image in found.images]
     return row
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prefmill.core.errors import DivergedError, InputError, PipelineError
 from prefmill.core.precision import Precision, torch_dtype
+from prefmill.core.revisions import hub_file
 from prefmill.distributed.scoring import inner_model
 from prefmill.distributed.sharding import shares_weights
 from prefmill.training.config import TrainingConfig, weights_precision
@@ -29,15 +30,13 @@ _STORED: dict[str, Precision] = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 
 def stored_precision(name: str, revision: str | None) -> Precision:
     """The precision most weights of a checkpoint's (first) safetensors file are stored in; fp32 where none is."""
-    from transformers.utils.hub import cached_file
-
-    quiet = {f"_raise_exceptions_for_{cause}": False for cause in ("missing_entries", "connection_errors")}
-    file = partial(cached_file, name, revision=revision, **quiet)
+    file = partial(hub_file, name, revision=revision)
     # It goes before an index, which stays behind where a model is saved over one of several files.
     if (whole := file("model.safetensors")) is not None:
         return precision_of(whole)
-    index = Path(file("model.safetensors.index.json"))
-    return precision_of(file(min(json.loads(index.read_text())["weight_map"].values())))
+    if (index := file("model.safetensors.index.json")) is None:
+        return "fp32"  # loading says what such a folder lacks
+    return precision_of(file(min(json.loads(Path(index).read_text())["weight_map"].values())))
 
 
 def tensor_names(path: Path) -> list[str]:

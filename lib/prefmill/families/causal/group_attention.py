@@ -80,10 +80,10 @@ def group_attention(
     on a CPU. Raises ConfigError for a mask that the model made on its own.
     """
     if segments is None:  # layers that keep what they are given to themselves
-        raise _refused("layers that do not pass arguments on to their attention", type(module).__name__)
+        raise refused("layers that do not pass arguments on to their attention", type(module).__name__)
     assert query.shape[0] == 1, "a packed batch is one row"
     if isinstance(attention_mask, Tensor):
-        raise _refused("a model that makes its attention masks itself", type(module).__name__)
+        raise refused("a model that makes its attention masks itself", type(module).__name__)
     # Under autocast rotary positions leave queries and keys in fp32, beside values in the precision computed in.
     query, key = query.to(value.dtype), key.to(value.dtype)
     each = attention_mask if isinstance(attention_mask, tuple) else None
@@ -221,7 +221,7 @@ def use_group_attention(model: Any) -> None:
     # Sparse layers choose keys by content, which would not show in the few tokens of the load check.
     unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _KNOWN_LAYERS)
     if unknown:
-        raise _refused(f"layers of {', '.join(unknown)}", config.model_type)
+        raise refused(f"layers of {', '.join(unknown)}", config.model_type)
     AttentionInterface.register(GROUP_ATTENTION, group_attention)
     # A model that ranks share is checked after this, and then needs its own attention once more.
     model.attention_before = config._attn_implementation
@@ -232,7 +232,7 @@ def use_group_attention(model: Any) -> None:
         model.set_attn_implementation({"text_config": GROUP_ATTENTION})
     # A model with attention code of its own only warns and goes on as it was.
     if config._attn_implementation != GROUP_ATTENTION:
-        raise _refused("attention that cannot be exchanged", config.model_type)
+        raise refused("attention that cannot be exchanged", config.model_type)
     share_states(model)
 
 
@@ -248,7 +248,8 @@ def own_attention(model: Any) -> Iterator[None]:
         config._attn_implementation = now
 
 
-def _refused(got: str, where: str) -> ConfigError:
+def refused(got: str, where: str) -> ConfigError:
+    """The error for a model in which prompts cannot be shared."""
     return ConfigError(
         "layout: group cannot share prompts in this model", where=where, got=got,
         expected="full, sliding or chunked attention, convolutions, Mamba or linear attention",

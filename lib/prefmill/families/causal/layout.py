@@ -7,7 +7,7 @@ import logging
 import torch
 
 from prefmill.core.errors import ConfigError
-from prefmill.families.causal.group_attention import use_group_attention
+from prefmill.families.causal.group_attention import refused, use_group_attention
 from prefmill.families.causal.loading import load_config
 from prefmill.families.causal.other_reference import reference_parts
 from prefmill.families.causal.vision_parts import auto_class
@@ -33,10 +33,7 @@ def choose_layout(config: PreferenceConfig, policy: str) -> tuple[PreferenceConf
     reason = _why_pairwise(config, policy)
     if config.layout == "group":
         if reason is not None:  # known before weights are loaded
-            raise ConfigError(
-                "layout: group cannot share prompts in this model", where=policy, got=reason,
-                fix="leave layout out, or set layout=pairwise, for this model",
-            )  # fmt: skip
+            raise refused(reason, policy)
         return config, None
     if reason is not None:
         logging.getLogger(__name__).warning("layout: auto is pairwise: %s", reason)

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import InputError
+from prefmill.core.places import looks_local
 from prefmill.core.precision import Precision, Quantization, torch_dtype
-from prefmill.core.revisions import snapshot
+from prefmill.core.revisions import hub_file, snapshot
 from prefmill.families.causal.quantized import four_bit, load_whole, require_trainable, unquantized
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision_parts import auto_class
@@ -28,8 +29,6 @@ if TYPE_CHECKING:
 ORIGIN = {"revision", "trust_remote_code"}
 LOADING = {*ORIGIN, "attn_implementation", "quantization"}
 _HUB = "check the name, your network or HF_HOME cache, and access to gated models (`prefmill doctor`)"
-# None for a file that a model does not have.
-_QUIET: Any = {f"_raise_exceptions_for_{cause}": False for cause in ("missing_entries", "connection_errors")}
 _SAMPLING = {
     "temperature": (0, 1e9), "repetition_penalty": (0, 1e9), "num_beams": (1, 1e9), "top_k": (-1, 1e9),
     "top_p": (0, 1), "min_p": (0, 1), "typical_p": (0, 1), "do_sample": (False, True),
@@ -51,14 +50,13 @@ def load_tokenizer(
     the adapter's own template.
     """
     from transformers import AutoTokenizer
-    from transformers.utils.hub import cached_file
 
     name_or_path, revision, adapter = model_parts(name_or_path, revision)
     with loading("the tokenizer", name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     require_vocabulary(tokenizer, name_or_path)
     if tokenizer.chat_template is None:  # LLaVA's folders have it where processors alone look
-        said = cached_file(name_or_path, "chat_template.json", revision=revision, **_QUIET)
+        said = hub_file(name_or_path, "chat_template.json", revision)
         tokenizer.chat_template = json.loads(Path(said).read_text("utf-8")).get("chat_template") if said else None
     if adapter is not None:
         require_same_tokens(tokenizer, adapter)
@@ -137,13 +135,11 @@ def model_parts(name: str, revision: str | None) -> tuple[str, str | None, Path 
 
 def _is_to_be_fetched(name: str, revision: str | None) -> bool:
     """Whether `name` is an adapter of the hub that is not in its cache: a training would have gone on from it."""
-    from transformers.utils.hub import cached_file
-
     cached = snapshot(name, revision)
     if cached is None or (cached / "config.json").is_file():
         return False
     try:
-        return cached_file(name, "adapter_config.json", revision=revision, **_QUIET) is not None
+        return hub_file(name, "adapter_config.json", revision) is not None
     except OSError:  # no such repository, or a closed one: loading says so
         return False
 
@@ -188,11 +184,10 @@ def stated_generation(name: str, revision: str | None) -> GenerationConfig | Non
     transformers passes over a file that it cannot read, and the ends of answers that it states with it.
     """
     from transformers import GenerationConfig
-    from transformers.utils.hub import cached_file
 
     name, revision, _ = model_parts(name, revision)
     file = "generation_config.json"
-    if cached_file(name, file, revision=revision, **_QUIET) is None:
+    if hub_file(name, file, revision) is None:
         return None
     with loading(file, name):
         stated = GenerationConfig.from_pretrained(name, revision=revision)
@@ -256,13 +251,11 @@ def require_same_tokens(tokenizer: Any, adapter: Path | None) -> None:
 
 def require_folder(name_or_path: str) -> None:
     """Raise InputError for what looks like a path and is no folder: a hub would be asked for it otherwise."""
-    # A name on the hub has one slash at most.
-    looks_local = name_or_path.startswith((".", "/", "~")) or name_or_path.count("/") > 1
     if Path(name_or_path).is_file():
         raise InputError(
             "a model is a folder, and this is a file", where=name_or_path, fix=f"give {Path(name_or_path).parent}"
         )
-    if looks_local and not Path(name_or_path).is_dir():
+    if looks_local(name_or_path) and not Path(name_or_path).is_dir():
         raise InputError("no such model folder", where=name_or_path, fix="check the path, or give a hub name")
     ours = ("model_index.json", "pytorch_lora_weights.safetensors")  # of diffusers
     if pictures := [name for name in ours if Path(name_or_path, name).is_file()]:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.errors import InputError
-from prefmill.core.places import expand_home
+from prefmill.core.places import expand_home, looks_local
 from prefmill.training.adapter_folder import is_adapter
 
 PIPELINE_FILE = "model_index.json"
@@ -34,8 +34,6 @@ _TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "spiece.model")
 def local_folder(name: str) -> Path | None:
     """The pipeline's folder on this machine; None for a hub name. Raises InputError for a path without a pipeline."""
     path = expand_home(name)
-    # A hub name has one slash: more is a path, and the hub would answer with an error about its name.
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if (path / PIPELINE_FILE).is_file():
         return path
     # Beside a config.json it is a part of a model, or another kind of model.
@@ -51,7 +49,7 @@ def local_folder(name: str) -> Path | None:
             "no diffusers pipeline here", where=path, got=f"a single file, {files[0].name}",
             expected=f"a folder with {PIPELINE_FILE}", fix=f"make one of it once, in Python: {_folder_of(files[0])}",
         )  # fmt: skip
-    if looks_local or path.is_dir():
+    if looks_local(name) or path.is_dir():
         raise InputError(
             "no diffusers pipeline here", where=name, expected=f"a folder with {PIPELINE_FILE}",
             fix="give a diffusers folder, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0",

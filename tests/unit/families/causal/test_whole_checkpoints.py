@@ -204,3 +204,10 @@ def test_a_head_in_the_files_of_a_tied_model_is_published_as_its_own(tmp_path: P
     model.config = SimpleNamespace()
     say_untied(model)
     assert model.config == SimpleNamespace()  # mllama's has no such key
+
+
+def test_a_folder_without_safetensors_has_no_precision_to_read_it_in(tmp_path: Path) -> None:
+    """Where ranks share weights it is asked before loading says what is missing: that was a traceback."""
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    assert stored_precision(str(tmp_path), None) == "fp32"
