@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from prefmill.core.statistics import (
     Array,
     Resampling,
     correlations,
+    f1,
     quotient,
     ranks,
     second_moments,
@@ -43,7 +45,7 @@ def agreement(papers: Sequence[str], judge: Array, other: Array, resampling: Res
         "kappa": _interval(sums, resampling, _kappa, -1.0) if 0 < num_yes < 2 * len(judge) else None,
         "alpha": reliability(papers, judge + other, np.full(len(judge), 2.0), resampling),
         "ac1": _interval(sums, resampling, _ac1, -1.0),
-        "f1": _interval(sums, resampling, _f1, 0.0) if num_yes else None,
+        "f1": _interval(sums, resampling, partial(f1, otherwise=np.nan), 0.0) if num_yes else None,
         "accuracy": _interval(sums, resampling, _accuracy, 0.0),
     }
 
@@ -118,7 +120,3 @@ def _ac1(cells: Array) -> Array:
     # AC1 stays high there where kappa falls to 0.
     result: Array = 1 - differ / (1 - 2 * yes * (1 - yes))
     return result
-
-
-def _f1(cells: Array) -> Array:
-    return quotient(2 * cells[:, 0], 2 * cells[:, 0] + cells[:, 1] + cells[:, 2], np.nan)

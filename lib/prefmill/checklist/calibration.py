@@ -38,11 +38,6 @@ class Calibration:
     ece_before: float
     ece_after: float
 
-    @property
-    def helps(self) -> bool:
-        """Whether held-out labels are likelier with it."""
-        return self.nll_after < self.nll_before
-
 
 def tempered(p_yes: Array, temperature: float) -> Array:
     """Probabilities whose log-odds are divided by `temperature` (> 0); above 0.5 stays above, below stays below."""

@@ -188,6 +188,11 @@ def quotient(part: Array, whole: Array, otherwise: float) -> Array:
     return result
 
 
+def f1(counts: Array, otherwise: float) -> Array:
+    """2 TP / (2 TP + FP + FN) of rows whose first columns these are; `otherwise` where there was nothing to find."""
+    return quotient(2 * counts[:, 0], 2 * counts[:, 0] + counts[:, 1] + counts[:, 2], otherwise)
+
+
 def correlation(left: Sequence[float] | Array, right: Sequence[float] | Array) -> float:
     """Pearson's correlation, 0 where either side is constant."""
     # NumPy would divide by a deviation of 0 and give NaN.

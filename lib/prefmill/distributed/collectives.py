@@ -14,9 +14,9 @@ ValueT = TypeVar("ValueT")
 
 def from_all_ranks(value: ValueT) -> list[ValueT]:
     """Every rank's value, in the order of the ranks; all of them must ask."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
+    if num_ranks() == 1:
         return [value]
-    values: list[ValueT | None] = [None] * dist.get_world_size()
+    values: list[ValueT | None] = [None] * num_ranks()
     dist.all_gather_object(values, value)
     return [found for found in values if found is not None]
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import combinations, groupby
 from typing import Any
 
 import numpy as np
 
 from prefmill.core.errors import InputError
-from prefmill.core.statistics import Array, Estimate, Resampling, holm, means, quotient, statistic, within
+from prefmill.core.statistics import Array, Estimate, Resampling, f1, holm, means, statistic, within
 from prefmill.evaluation.metrics import CHECKMARK_SCORE, DIGITS, MEASURES, rank_correlation, rating_rank_correlation
 from prefmill.evaluation.rows import HUMAN
 
@@ -171,11 +172,7 @@ def _f1(rows: Sequence[Mapping[str, Any]], resampling: Resampling) -> dict[str, 
     counts = np.array([row["confusion"] for row in rows if row["confusion"] is not None], dtype=np.float64)
     if len(counts) < 2 or not counts.any():
         return None
-
-    def f1(drawn: Array) -> Array:
-        return quotient(2 * drawn[:, 0], 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2], 0.0)
-
-    return _interval(within(statistic(counts, resampling, f1), resampling))
+    return _interval(within(statistic(counts, resampling, partial(f1, otherwise=0.0)), resampling))
 
 
 def _column_means(rows: Sequence[Mapping[str, Any]], column: str, resampling: Resampling) -> list[dict[str, Any]]:

@@ -26,6 +26,7 @@ from prefmill.core.errors import ConfigError
 from prefmill.distributed.scoring import inner_model
 from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import pack
+from prefmill.families.causal.scorer import restore_own_forward
 
 # What TRL's fused head gives for each token: its losses and metrics are made of these, and look for them by row.
 _PER_TOKEN = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")
@@ -182,7 +183,7 @@ def sharing_prompts(model: Any) -> Iterator[None]:
         delattr(base, _MARK)
         for module, found in before:
             # What stood on the class is found there again: a copy of the model must not run this one's.
-            module.__dict__.pop("forward") if found is None else setattr(module, "forward", found)
+            restore_own_forward(module, found)
         base.set_attn_implementation(own_attention)
 
 

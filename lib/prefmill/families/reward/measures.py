@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, Statistic, quotient, statistic, sums_by, within
+from prefmill.core.statistics import MIN_PAPERS, Array, Resampling, Statistic, f1, quotient, statistic, sums_by, within
 
 DIGITS = 6
 NUM_BINS = 10
@@ -103,7 +104,7 @@ def measure_head(
         "num_pairs": len(d),
         "num_decided": int(decided.sum()),
         "num_prompts": len(set(held)),
-        "f1": _estimate(sums, ("hit", "false_alarm", "miss"), _f1, resampling),
+        "f1": _estimate(sums, ("hit", "false_alarm", "miss"), partial(f1, otherwise=0.5), resampling),
         "accuracy": _estimate(sums, ("correct", "decided"), _ratio, resampling),
         "tie_aware_accuracy": _estimate(sums, ("tie_aware", "pairs"), _ratio, resampling),
         "log_loss": round(_log_loss(d / temperature, y), DIGITS),
@@ -125,11 +126,6 @@ def _estimate(
     told = int(values.any(axis=1).sum())  # a prompt of ties alone says nothing of accuracy
     found = within(replace(statistic(values, resampling, function), num_papers=told), resampling)
     return {"value": round(whole, DIGITS), "low": round(found.low, DIGITS), "high": round(found.high, DIGITS)}
-
-
-def _f1(drawn: Array) -> Array:
-    """2 TP / (2 TP + FP + FN) of rows [R, 3]; a draw without anything to find counts as 1/2."""
-    return quotient(2 * drawn[:, 0], 2 * drawn[:, 0] + drawn[:, 1] + drawn[:, 2], 0.5)
 
 
 def _ratio(drawn: Array) -> Array:
