@@ -215,6 +215,7 @@ def test_nothing_left_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no review is left") as caught:
         execute(task)
     assert f"{path}:1" in str(caught.value)  # no quarantine.jsonl is published, which would say it
+    assert "set rating_min and rating_max" in str(caught.value)  # was "name those of reviews in review_invitations"
     assert_nothing_done(task)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import msgspec
@@ -33,7 +34,7 @@ _NOTHING_SAID = (
 )
 _VOTE_TOKENS = 4  # of a sampled answer: a word of several tokens and what stands before it
 _LEAST_CUT = 1000  # tokens: no server in use cuts prompts to fewer
-_UNLIKE = 20  # characters by which questions differ, so that their tokens do too
+_LENGTHENING = " and so on" * 20  # makes a prompt longer by tokens that any tokenizer counts
 
 
 class _Token(msgspec.Struct):
@@ -102,6 +103,7 @@ class ChatEngine(ServerEngine):
     def __init__(self, config: ChatConfig, checklist: Checklist) -> None:
         super().__init__(checklist, config, config.model_name_or_path)
         self._config = config
+        self._longest_whole = 0  # tokens of the longest prompt known to have been read whole
 
     def prompt(self, paper: Paper, review: Review) -> str:
         """What the server is asked about the first item."""
@@ -126,22 +128,27 @@ class ChatEngine(ServerEngine):
         for item in self.checklist.items:
             text = plain_prompt(request.paper, request.text, item.question, self._config.include_paper)
             found.append(await (self._likeliest if self._config.top_logprobs else self._voted)(client, text, request))
-        self._require_whole(request.num_read)
+        await self._require_whole(client, text, request)
         return request.outcome(self.checklist.ids, found)
 
-    def _require_whole(self, num_read: set[int | None]) -> None:
-        """Raise RefusedError where prompts with short and long questions have one number of tokens: they were cut.
+    async def _require_whole(self, client: httpx.AsyncClient, text: str, request: _ChatRequest) -> None:
+        """Raise RefusedError where a longer prompt than `text`, the last one, has no more tokens: both were cut.
 
-        So Ollama does in silence: it drops the beginning, the review's, and answers about the rest.
+        So Ollama does in silence: it drops the beginning, the review's, and answers about the rest. Only prompts longer
+        than all before, and of one number of tokens for all items, are in doubt.
         """
-        lengths = [len(item.question) for item in self.checklist.items]
-        (num, *others) = num_read
-        if others or num is None or num < _LEAST_CUT or max(lengths) - min(lengths) < _UNLIKE:
+        (num, *others) = request.num_read
+        if others or num is None or num < _LEAST_CUT or num <= self._longest_whole:
             return
-        raise RefusedError(
-            f"the server read {num} tokens of every prompt, whatever its length: it cuts prompts to its context. Serve "
-            "a longer one (Ollama: OLLAMA_CONTEXT_LENGTH)"
-        )
+        longer = replace(request, num_read=set())
+        with contextlib.suppress(RefusedError):  # a server that refuses what is too long cuts nothing
+            await self._ask(client, text + _LENGTHENING, {"max_tokens": 1, "temperature": 0}, longer)
+        if longer.num_read == request.num_read:
+            raise RefusedError(
+                f"the server read {num} tokens of every prompt, whatever its length: it cuts prompts to its context. "
+                "Serve a longer one (Ollama: OLLAMA_CONTEXT_LENGTH)"
+            )
+        self._longest_whole = max(num, self._longest_whole)
 
     async def _likeliest(self, client: httpx.AsyncClient, text: str, request: _ChatRequest) -> Read:
         """P(yes) and mass from the likeliest first tokens."""

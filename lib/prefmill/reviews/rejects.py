@@ -58,6 +58,6 @@ class Rejects:
         )  # fmt: skip
 
     def shown(self) -> str:
-        """The first problems, a line each."""
+        """The first problems, a line each, with its fix."""
         first = itertools.islice(self.store.problems(), SHOWN_PROBLEMS)
-        return "\n".join(["", *(f"    {problem.place}: {problem.reason}" for problem in first)])
+        return "\n".join(["", *(f"    {problem.place}: {problem.reason} (fix: {problem.fix})" for problem in first)])

@@ -40,14 +40,16 @@ def sampled(*texts: str, **more: Any) -> Any:
     return {"choices": [{"message": {"content": text, **more}} for text in texts]}
 
 
-def ask(monkeypatch: pytest.MonkeyPatch, answer: Answer, path: str = "", **settings: Any) -> Any:
+def ask(
+    monkeypatch: pytest.MonkeyPatch, answer: Answer, path: str = "", checklist: Checklist = CHECKLIST, **settings: Any
+) -> Any:
     def respond(method: str, path: str, headers: dict[str, str], body: bytes) -> Reply:
         status, content = answer(json.loads(body))
         return status, {"Retry-After": "0"}, json.dumps(content).encode()
 
     with serving(respond) as server:
         monkeypatch.setenv("OPENAI_BASE_URL", server.url + path)
-        engine = open_engine(ChatConfig(model_name_or_path="judge", num_retries=1, **settings), CHECKLIST)
+        engine = open_engine(ChatConfig(model_name_or_path="judge", num_retries=1, **settings), checklist)
         (found,) = engine.score([(PAPER, [REVIEW])])
         return found
 
@@ -129,6 +131,34 @@ def test_prompts_that_the_server_cuts_are_not_scored(
     for count in (0, 17, None):  # what a gateway writes that does not count
         odd = {**content, "usage": {"prompt_tokens": count}}
         assert ask(monkeypatch, lambda _, odd=odd: (200, odd), **settings).answers
+
+
+@pytest.mark.parametrize("num_items", [1, 2])
+def test_a_checklist_of_any_length_shows_that_prompts_are_cut(monkeypatch: pytest.MonkeyPatch, num_items: int) -> None:
+    """One item, or questions of one length, showed none: their prompts have one number of tokens when whole too."""
+    first = CHECKLIST.items[0]
+    alike = first.model_copy(update={"id": "again", "question": first.question.replace("what", "that")})
+    few = Checklist(name="few", items=(first, alike)[:num_items])
+    asked = []
+
+    def answer(context: int) -> Answer:
+        def cut(body: dict[str, Any]) -> tuple[int, Any]:
+            asked.append(body["messages"][0]["content"])
+            return 200, likeliest(usage={"prompt_tokens": min(context, len(asked[-1]) // 4)})
+
+        return cut
+
+    assert "it cuts prompts to its context" in ask(monkeypatch, answer(2050), checklist=few).failure
+    asked.clear()
+    assert ask(monkeypatch, answer(10**6), checklist=few).answers
+    assert len(asked) == num_items + 1
+    assert asked[-1].startswith(asked[-2])  # what the server has in its cache
+
+    def strict(body: dict[str, Any]) -> tuple[int, Any]:
+        whole = len(body["messages"][0]["content"]) <= len(asked[0])
+        return (200, likeliest(usage={"prompt_tokens": 3000})) if whole else (400, {"error": "too long"})
+
+    assert ask(monkeypatch, strict, checklist=few).answers
 
 
 def test_several_providers_behind_one_model_are_told_once(
