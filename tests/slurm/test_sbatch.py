@@ -86,6 +86,37 @@ def test_a_warning_requeues_one_element_of_a_hand_made_array(site: Site) -> None
     assert [row["step"] for row in rows(executed)] == list(range(1, 21))
 
 
+INSIDE = """#!/bin/bash
+sbatch --parsable sbatch/sft.sbatch steps=20 step_seconds=0.5 run=inner 'array.modality=[clean]' workspace={work} > id
+{prefmill} submit {pipeline} run=wide {keys} --cluster configs/clusters/test.yaml \\
+    'stages.train.resources={{nodes: 2, processes: 2}}'
+{prefmill} run {pipeline} run=local {keys} --jobs 2 stages.train.processes=2 'stages.train.array={{shard: 2}}'
+sleep 100
+"""
+
+
+@pytest.mark.slow
+def test_a_job_that_an_arrays_element_submits_is_itself(site: Site) -> None:
+    """sbatch hands on which element the submitting job is, and its memory; a run in it stays on its node."""
+    pipeline, keys = "configs/pipelines/train.yaml", f"train.meet=true workspace={site.workspace}"
+    prefmill = f"{sys.executable} -m prefmill.cli.main"
+    text = INSIDE.format(work=site.workspace, prefmill=prefmill, pipeline=pipeline, keys=keys)
+    (site.checkout / "inside.sh").write_text(text)
+    sent = site.run(
+        ["sbatch", "--parsable", "--array=3", "-N2", "--mem=3000", "inside.sh"], PREFMILL_PYTHON=sys.executable
+    )
+    assert sent.returncode == 0, sent.stderr
+    logs = site.workspace / "logs/inner/sft/clean"
+    site.wait(lambda: len(rows(logs / "executed_steps.jsonl")) > 2)
+    inner = (site.checkout / "id").read_text().strip()
+    warn(site, inner)
+    go_on(site, inner)
+    site.wait(lambda: [row["outcome"] for row in rows(logs / "attempts.jsonl")] == ["requeued", "complete"])
+    assert all("array_job_id" not in row for row in rows(logs / "attempts.jsonl"))
+    site.wait(lambda: [len(digests(site.workspace, run)) for run in ("wide", "local")] == [1, 2])
+    site.wait(lambda: site.queue("%i %T") == [f"{sent.stdout.strip()}_3 RUNNING"])
+
+
 @pytest.mark.slow
 def test_training_of_both_stages_as_one_array(site: Site) -> None:
     pipeline = "configs/pipelines/modalities.yaml"

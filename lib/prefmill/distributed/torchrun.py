@@ -1,6 +1,6 @@
-"""torchrun on one node of a job, its rendezvous taken from Slurm: the same for one node and for many.
+"""torchrun on one node, alone or as one of a job's nodes, whose rendezvous is then taken from Slurm.
 
-python -m prefmill.distributed.torchrun PROCESSES -m MODULE [ARGUMENT ...]
+python -m prefmill.distributed.torchrun NODES PROCESSES -m MODULE [ARGUMENT ...]
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ from prefmill.distributed.isolation import end_with_parent
 _FIRST_PORT, _NUM_PORTS = 10_000, 20_000  # below the ports that systems hand out by themselves
 
 
-def arguments(environment: Mapping[str, str], processes: int) -> list[str]:
-    """torchrun's options for this node; outside Slurm it is the only one."""
-    nodes = int(environment.get("SLURM_NNODES", "1"))
-    port = _FIRST_PORT + int(environment.get("SLURM_JOB_ID", str(os.getpid()))) % _NUM_PORTS
-    host = first_host(environment["SLURM_JOB_NODELIST"]) if nodes > 1 else "127.0.0.1"
+def arguments(environment: Mapping[str, str], nodes: int, processes: int) -> list[str]:
+    """torchrun's options for this node, one of `nodes` that train together: a job may have more."""
+    job = int(environment.get("SLURM_JOB_ID", "0"))
+    # Several trainings may run side by side in one job, as by `prefmill run` in `salloc`; nodes agree by the job alone.
+    host, place, number = "127.0.0.1", "0", job + os.getpid()
+    if nodes > 1:
+        host, place, number = first_host(environment["SLURM_JOB_NODELIST"]), environment["SLURM_NODEID"], job
     return [
-        f"--nnodes={nodes}", f"--node-rank={environment.get('SLURM_NODEID', '0')}", f"--nproc-per-node={processes}",
-        f"--master-addr={host}", f"--master-port={port}", "--max-restarts=0",
+        f"--nnodes={nodes}", f"--node-rank={place}", f"--nproc-per-node={processes}",
+        f"--master-addr={host}", f"--master-port={_FIRST_PORT + number % _NUM_PORTS}", "--max-restarts=0",
         "--signals-to-handle=SIGINT,SIGHUP",  # SIGTERM is the parent's business: it has the ranks save
     ]  # fmt: skip
 
@@ -37,4 +39,4 @@ if __name__ == "__main__":
     from torch.distributed.run import main
 
     end_with_parent()  # its ranks end with it
-    main([*arguments(os.environ, int(sys.argv[1])), *sys.argv[2:]])
+    main([*arguments(os.environ, *map(int, sys.argv[1:3])), *sys.argv[3:]])

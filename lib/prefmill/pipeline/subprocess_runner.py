@@ -55,7 +55,8 @@ class Layout:
         worker = ["-m", "prefmill.pipeline.rank_entrypoint", str(spec)]
         if self.nodes * self.processes == 1:
             return [sys.executable, *worker]
-        torchrun = [sys.executable, "-m", "prefmill.distributed.torchrun", str(self.processes), *worker]
+        size = [str(self.nodes), str(self.processes)]
+        torchrun = [sys.executable, "-m", "prefmill.distributed.torchrun", *size, *worker]
         if self.nodes == 1:
             return torchrun
         # srun takes neither the CPUs nor the whole environment of the job by itself.

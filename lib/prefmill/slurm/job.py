@@ -32,6 +32,7 @@ from prefmill.pipeline.task_status import write_status
 from prefmill.pipeline.worker import EXIT_BUG, EXIT_USER_ERROR, execute, log_path, print_into_log
 from prefmill.slurm.cluster import SIGNAL_SECONDS, ClusterFile, Resources, read_secrets
 from prefmill.slurm.follow_up import book_again, release_when_task_ends
+from prefmill.slurm.jobs import ask
 from prefmill.slurm.submission import read_array, read_submission
 
 EXIT_TERMINATED, EXIT_NOT_REQUEUED = 143, 3
@@ -113,6 +114,17 @@ def _looked_after(job: JobTask) -> Iterator[None]:
         release_when_task_ends(job.workspace, job.task.run)
 
 
+def leave_array_of_submitter() -> None:
+    """Drop the array element that this process's environment names where Slurm shows that its job is no array.
+
+    sbatch hands on the variables of an element that submits: a job would take that one's task, and requeue it.
+    """
+    shown = ask(["scontrol", "-o", "show", "job", os.environ.get("SLURM_JOB_ID", "")])
+    if shown and "ArrayJobId=" not in shown:
+        for name in [name for name in os.environ if name.startswith("SLURM_ARRAY_")]:
+            del os.environ[name]
+
+
 def element_id(environment: Mapping[str, str]) -> str | None:
     """The id of this very element: with SLURM_JOB_ID alone, requeueing one may requeue its whole array."""
     if "SLURM_ARRAY_JOB_ID" in environment:
@@ -129,10 +141,11 @@ def redirect(task: PlannedTask) -> None:
 
 def _find(argv: Sequence[str]) -> list[JobTask]:
     """The tasks this job is to run, one after the other; none where it has given its node back to wait for others."""
+    if argv[0] not in ("--stage", "--stages", "--pipeline"):
+        return [submitted_task(Path(argv[0]), os.environ)]
+    leave_array_of_submitter()
     if argv[0] == "--stage":
         return [JobTask(stage_task(argv[1], argv[2:], os.environ))]
-    if argv[0] not in ("--stages", "--pipeline"):
-        return [submitted_task(Path(argv[0]), os.environ)]
     if argv[0] == "--pipeline":
         tasks, waits_for = pipeline_stage(argv[1:], os.environ)
     else:

@@ -33,6 +33,9 @@ _NO_SUCH_JOB = "Invalid job id specified"
 # What a shell sets for a person: SQUEUE_PARTITION hides jobs, SCANCEL_INTERACTIVE waits for a yes, and SBATCH_...
 # would win over a script's own options.
 _PERSONAL = ("SQUEUE_", "SINFO_", "SACCT_", "SCONTROL_", "SCANCEL_", "SBATCH_")
+# Where Slurm is and what it speaks. All other SLURM_ variables are those of the job in which a command is given, and
+# sbatch hands them on: a job had its submitter's memory, GPUs and array element.
+_OF_SLURM = {"SLURM_CONF", "SLURM_CONF_SERVER", "SLURM_CLUSTERS", "SLURM_JWT"}
 
 
 @dataclass(frozen=True)
@@ -136,8 +139,11 @@ def setting(name: str, default: int) -> int:
 
 
 def environment() -> dict[str, str]:
-    """This process' environment for Slurm's commands: they answer the same for everybody."""
-    own = {key: value for key, value in os.environ.items() if not key.startswith(_PERSONAL)}
+    """This process' environment for Slurm's commands: they answer the same for everybody, in a job too."""
+    own = {
+        key: value for key, value in os.environ.items()
+        if not key.startswith((*_PERSONAL, "SLURM_")) or key in _OF_SLURM
+    }  # fmt: skip
     # Times are otherwise local and name no zone, and the C library's part of an error is translated.
     return own | {"SLURM_TIME_FORMAT": "%s", "LC_ALL": "C"}
 

@@ -57,10 +57,13 @@ def test_one_process_needs_no_torchrun_and_one_node_no_srun() -> None:
     assert {"--nodes=2", "--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=96", "--export=ALL"} <= set(wide)
 
 
-def test_the_rendezvous_of_one_node() -> None:
-    given = arguments({"SLURM_NNODES": "1", "SLURM_JOB_ID": "20005"}, 4)
+def test_the_rendezvous_of_one_node_is_its_own_in_a_job_of_several(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "20005"}
+    given = arguments(job, 1, 4)
     assert {"--nnodes=1", "--node-rank=0", "--nproc-per-node=4", "--master-addr=127.0.0.1"} <= set(given)
-    assert "--master-port=10005" in given
+    monkeypatch.setattr(os, "getpid", lambda: 99)  # another training beside it, as in `salloc`
+    assert "--master-port=10104" in arguments(job, 1, 4)
+    assert set(arguments(job, 1, 4)) != set(given)
 
 
 @pytest.mark.parametrize(
