@@ -1,4 +1,4 @@
-"""The hours that `prefmill estimate --measure` forecasts, against those that the demo took."""
+"""The hours and the memory that `prefmill estimate` forecasts, against what the demo took."""
 
 from __future__ import annotations
 
@@ -37,3 +37,16 @@ def test_the_demo_is_forecast_within_a_factor_of_three(stage: str, documented_de
     # More than one slice, each run as the task itself is; nothing of them is left.
     assert done.stdout.count(f"+ {stage}:") > 1
     assert sorted(path.name for path in checkout.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_the_demos_memory_is_forecast_within_a_third(documented_demo: DocumentedRun) -> None:
+    """The kernel counts what a process held (getrusage)."""
+    words = ["estimate", "configs/pipelines/demo.yaml", f"workspace={documented_demo.checkout}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "prefmill.cli.main", *words],
+        cwd=documented_demo.checkout, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    shares = [float(found) for found in re.findall(r"the forecast of one is ([\d.]+) times that", done.stdout)]
+    assert len(shares) == 2, done.stdout + done.stderr
+    assert all(0.75 < share < 1.33 for share in shares), shares

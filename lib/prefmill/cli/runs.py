@@ -92,8 +92,6 @@ def _cancel(arguments: argparse.Namespace) -> None:
 def _estimate(arguments: argparse.Namespace) -> int:
     from prefmill.core.errors import PipelineError
 
-    if arguments.cluster is None and not arguments.measure:
-        raise PipelineError("nothing to compare with", fix="give --cluster FILE, or --measure, or both")
     lines: list[str] = []
     pipeline, plan = load_plan(arguments)
     # With --json nothing may be printed before the JSON.
@@ -113,7 +111,7 @@ def _estimate(arguments: argparse.Namespace) -> int:
 
 def _check_and_forecast(arguments: argparse.Namespace, pipeline: Any, plan: Any, say: Say) -> None:
     from prefmill.slurm.cluster import read_cluster, resources_for
-    from prefmill.slurm.estimate import estimate
+    from prefmill.slurm.estimate import estimate, estimate_here
     from prefmill.slurm.forecast import forecast
 
     resources = {}
@@ -121,6 +119,8 @@ def _check_and_forecast(arguments: argparse.Namespace, pipeline: Any, plan: Any,
         cluster = read_cluster(arguments.cluster)
         estimate(pipeline, plan, cluster, arguments.gpu_memory, say)
         resources = {name: resources_for(cluster, name, item.resources) for name, item in pipeline.stages.items()}
+    elif not arguments.measure:
+        estimate_here(plan, arguments.gpu_memory, say)
     if arguments.measure:
         forecast(plan, resources, say, (lambda _: None) if arguments.json else print, arguments.only)
 

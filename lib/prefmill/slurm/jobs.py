@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import subprocess
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -106,8 +105,9 @@ def named(names: Sequence[str], since: float) -> dict[str, list[str]] | None:
         queued = ask(["squeue", "-h", "-t", "all", "--name", batch, "-o", "%j|%F"])
         if queued is None:
             return None
-        # Not told when to begin, sacct looks for a name among the jobs of today alone.
-        begin = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(since - _CLOCKS_DIFFER_SECONDS))
+        # Not told when to begin, sacct looks for a name among the jobs of today alone. In seconds since the epoch:
+        # an hour comes twice in the night in which clocks are set back.
+        begin = f"uts{since - _CLOCKS_DIFFER_SECONDS:.0f}"
         ended = ask(["sacct", "-nXP", "--name", batch, "-S", begin, "-o", "JobName,JobID"]) or ""
         for name, _, job_id in (line.partition("|") for line in [*queued.splitlines(), *ended.splitlines()]):
             job = job_id.partition("_")[0]

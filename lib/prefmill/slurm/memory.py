@@ -16,7 +16,7 @@ from prefmill.distributed.deepspeed_file import deepspeed_settings
 from prefmill.training.config import TrainingConfig, weights_precision
 
 GIGABYTE = 2.0**30
-_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
+NUMBER_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 _NF4_BYTES = 0.5 + 0.127 / 8  # 4 bits, and block scales that are quantized too (QLoRA, arXiv 2305.14314: 0.127 bits)
 # Moments as large as the weights that optimizers keep, by parts of transformers' names for them; others: Adam's two.
 _MOMENTS = {
@@ -24,7 +24,7 @@ _MOMENTS = {
     "grokadamw": 3,
 }  # fmt: skip
 _RUNTIME_GB = 1.5  # CUDA context, kernels, NCCL's buffers
-_FRAGMENTS = 0.05  # of everything: what the allocator cannot use
+FRAGMENTS = 0.05  # of everything: what the allocator cannot use
 
 
 # What each number of GpuMemory is made of, for whoever has to believe it.
@@ -87,7 +87,7 @@ class GpuMemory:
     def total(self) -> float:
         """All of it, and what the allocator loses between."""
         parts: list[float] = [getattr(self, field.name) for field in fields(self)]
-        return sum(parts) * (1 + _FRAGMENTS)
+        return sum(parts) * (1 + FRAGMENTS)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def gpu_memory(
     not counted: see `host_memory`. `several_passes` of a microbatch add to a gradient before ranks share it: autograd
     holds it whole until the last.
     """
-    shards, number, kept = sharding(config), _BYTES[config.precision], _BYTES[weights_precision(config)]
+    shards, number, kept = sharding(config), NUMBER_BYTES[config.precision], NUMBER_BYTES[weights_precision(config)]
     numbers = Numbers(size.parameters, trained_parameters(size, config), size.linear_parameters)
     states = model_states(numbers, config, world, _weight_bytes(size, config, kept), several_passes)
     per_layer = layer_bytes(size, config.precision, residual=number if config.fsdp else kept) * config.max_length * rows
@@ -177,7 +177,7 @@ def model_states(
     numbers: Numbers, config: TrainingConfig, world: int, weight_bytes: float, several_passes: bool = False
 ) -> dict[str, float]:
     """The GB of `weights`, of which there are `weight_bytes` in all, `gradients` and `optimizer` on each GPU."""
-    shards, number, kept = sharding(config), _BYTES[config.precision], _BYTES[weights_precision(config)]
+    shards, number, kept = sharding(config), NUMBER_BYTES[config.precision], NUMBER_BYTES[weights_precision(config)]
     trained = numbers.trained
     # DeepSpeed trains fp32 copies of what it computes with; without it the weights are fp32 themselves.
     by_deepspeed = shards.stage > 0 and not config.fsdp
@@ -219,7 +219,7 @@ def host_memory(size: ModelSize, config: TrainingConfig, world: int) -> float:
     shards = sharding(config)
     each = optimizer_bytes(config.optim or "adamw") + 4 + 4
     optimizer = trained_parameters(size, config) * each if shards.offloads_optimizer else 0
-    weights = size.parameters * _BYTES[weights_precision(config)] if shards.offloads_weights else 0
+    weights = size.parameters * NUMBER_BYTES[weights_precision(config)] if shards.offloads_weights else 0
     return (optimizer + weights) / world / GIGABYTE
 
 
@@ -236,7 +236,7 @@ def _gathered_bytes(size: ModelSize, config: TrainingConfig, world: int) -> floa
     """
     if world == 1:
         return 0.0
-    number, layer = _BYTES[config.precision], size.linear_parameters / size.layers
+    number, layer = NUMBER_BYTES[config.precision], size.linear_parameters / size.layers
     share = 1 if config.lora is None else 0  # frozen weights have no gradients
     if not config.fsdp:
         return max(layer, size.vocabulary * size.hidden) * number * (1 + share)
@@ -250,7 +250,7 @@ def layer_bytes(size: ModelSize, precision: str, residual: int) -> int:
     The norms' inputs and fp32 intermediates; inputs and outputs of the attention, which are kept again as cast where
     the stream is wider than what is computed in; keys and values; gate, up, their activation and product.
     """
-    number = _BYTES[precision]
+    number = NUMBER_BYTES[precision]
     norms = 2 * 2 * 4 if residual == 4 else 2 * (4 + residual)
     attention = number * (4 if residual == number else 7)
     return size.hidden * (norms + attention) + number * (2 * size.key_value + 4 * size.intermediate)

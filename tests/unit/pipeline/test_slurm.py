@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,17 @@ def test_sacct_is_read_by_state_as_the_exit_code_of_a_time_limit_is_zero(program
     assert {element[1]: (job.state, job.exit_code, job.node) for element, job in found.items()} == {
         0: ("TIMEOUT", 0, "n1"), 1: ("FAILED", 2, "n2"), 2: ("CANCELLED", 0, ""), 3: ("CANCELLED", 0, ""),
     }  # fmt: skip
+
+
+def test_sacct_is_asked_in_seconds_as_an_hour_comes_twice_when_clocks_are_set_back(program: Path) -> None:
+    asked = program / "asked"
+    pretend(program, "squeue", "")
+    (program / "sacct").write_text(f'#!/bin/sh\necho "$@" > {asked}\necho "x|41"\n')
+    (program / "sacct").chmod(0o755)
+    since = datetime.fromisoformat("2026-10-25T01:30:00+00:00").timestamp()  # the second 02:30 of that night in Berlin
+    assert slurm.named(["x"], since) == {"x": ["41"]}
+    start = asked.read_text().split("-S ")[1].split()[0]
+    assert int(start.removeprefix("uts")) == since - 600  # Slurm's own word for seconds since the epoch
 
 
 def test_no_answer_is_not_an_empty_answer(program: Path) -> None:
