@@ -139,7 +139,18 @@ def test_a_dpo_whose_sft_has_failed_says_so_and_ends(site: Site) -> None:
     site.wait()
     text = (site.checkout / f"slurm-{job}_3.out").read_text()
     assert "element 0 is not queued" in text
+    assert "see why that one ended" in text
     assert digests(site.workspace, "alone") == {}
+    words = ["sbatch/train_pipeline.sbatch", "configs/pipelines/modalities.yaml", "run=alone", "sft.step_seconds=2"]
+    maker = sbatch(site, "--array=0", *words)
+    site.wait(lambda: len(rows(site.workspace / "logs/alone/sft/clean/executed_steps.jsonl")) > 1)
+    job = sbatch(site, "--array=3", *words)
+    site.wait()
+    text = (site.checkout / f"slurm-{job}_3.out").read_text()
+    assert f"submit this one again with --dependency=afterok:{maker}_0" in text, text
+    sbatch(site, "--array=3", f"--dependency=afterok:{maker}_0", *words)
+    site.wait()
+    assert sorted(digests(site.workspace, "alone")) == ["dpo:clean", "sft:clean"], site.logs()
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from prefmill.core.stage import load_stage
 from prefmill.pipeline.checked_plan import plan_to_run
 from prefmill.pipeline.overrides import joined, with_stage_keys
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, read_pipeline
+from prefmill.pipeline.task_status import read_status
 from prefmill.store.artifacts import read_manifest
 
 _OWN_KEYS = ("run=", "workspace=", "mount_dir=", "task=", "array.", "inputs.", "processes=", "share=")
@@ -78,7 +79,7 @@ def training_task(
     plan = _plan_of(arguments)[1]
     tasks = [task for stage in stages for task in plan.tasks if task.stage.name == stage]
     task = element(tasks, environment)
-    missing = [tasks.index(other) for other in plan.upstream(task) if other in tasks and not _made(other)]
+    missing = {tasks.index(other): other for other in plan.upstream(task) if other in tasks and not _made(other)}
     return task, _queued_elements(missing, environment) if missing else []
 
 
@@ -98,8 +99,8 @@ def pipeline_stage(arguments: Sequence[str], environment: Mapping[str, str]) -> 
             expected=numbered, fix=f"submit with --array=0-{len(stages) - 1}, or some of these numbers",
         )  # fmt: skip
     tasks = plan.select(stages[index])
-    makers = {other.stage.name for task in tasks for other in plan.upstream(task) if not _made(other)}
-    missing = sorted(stages.index(stage) for stage in makers)
+    makers = [other for task in tasks for other in plan.upstream(task) if not _made(other)]
+    missing = {stages.index(other.stage.name): other for other in makers}
     return tasks, _queued_elements(missing, environment) if missing else []
 
 
@@ -148,21 +149,38 @@ def _made(task: PlannedTask) -> bool:
     return read_manifest(task.output) is not None
 
 
-def _queued_elements(indices: Sequence[int], environment: Mapping[str, str]) -> list[str]:
+def _queued_elements(makers: Mapping[int, PlannedTask], environment: Mapping[str, str]) -> list[str]:
+    """The elements of this array that are to make what is missing, by their indices."""
     array = environment.get("SLURM_ARRAY_JOB_ID")
+    alive = _indices_queued(str(array), environment)
+    lost = [index for index in makers if array is None or index not in alive]
+    if lost:
+        job = _job_of(makers[lost[0]])
+        # It may be another job's: of an array submitted before, or of `prefmill submit`.
+        at_work = job is not None and bool(_indices_queued(job, environment))
+        raise PipelineError(
+            f"an input of this element is missing, and element {lost[0]} is not queued",
+            got=f"{makers[lost[0]].key} is made by job {job}" if at_work else None,
+            fix=f"submit this one again with --dependency=afterok:{job}" if at_work
+            else "see why that one ended, then submit it and this one again",
+        )  # fmt: skip
+    return [f"{array}_{index}" for index in sorted(makers)]
+
+
+def _indices_queued(job: str, environment: Mapping[str, str]) -> set[int]:
+    """The indices of a job's elements that are queued or run; -1 of one that is no array."""
     # -r, as pending elements of an array otherwise share one row, whose %K is a range. SQUEUE_PARTITION and its like
     # come along from the shell that called sbatch, and would hide some.
     own = {key: value for key, value in environment.items() if not key.startswith("SQUEUE_")}
-    command = ["squeue", "-h", "-r", "-j", str(array), "-o", "%K"]
-    shown = subprocess.run(command, capture_output=True, text=True, env=own)
-    alive = {line.strip() for line in shown.stdout.splitlines()}
-    lost = [index for index in indices if str(index) not in alive]
-    if array is None or lost:
-        raise PipelineError(
-            f"an input of this element is missing, and element {lost[0] if lost else indices[0]} is not queued",
-            fix="see why that one ended, then submit it and this one again",
-        )  # fmt: skip
-    return [f"{array}_{index}" for index in indices]
+    shown = subprocess.run(["squeue", "-h", "-r", "-j", job, "-o", "%K"], capture_output=True, text=True, env=own)
+    return {int(word) if word.isdigit() else -1 for word in shown.stdout.split()}
+
+
+def _job_of(task: PlannedTask) -> str | None:
+    """The job that was at the task last, as Slurm's commands name it."""
+    job = read_status(task.logs).get("job", {})
+    in_array = f"{job['array_job_id']}_{job['array_task_id']}" if "array_job_id" in job else None
+    return in_array or job.get("job_id")
 
 
 def _scontrol(*arguments: str, check: bool = True) -> bool:

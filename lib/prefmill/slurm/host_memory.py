@@ -14,7 +14,7 @@ from prefmill.slurm.jobs import gigabytes
 from prefmill.slurm.memory import FRAGMENTS, GIGABYTE, GpuMemory
 from prefmill.slurm.partitions import Partition, offer_of
 
-_PROCESS_GB = 0.6  # Python with torch and transformers, as measured
+_PROCESS_GB = 0.6  # Python with torch, transformers and TRL: 0.4 to 0.6 were measured
 _CUDA_PROCESS_GB = 2.5  # an allowance: CUDA's libraries and context too
 
 
