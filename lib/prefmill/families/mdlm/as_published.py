@@ -7,6 +7,9 @@ from typing import Any
 
 from prefmill.core.errors import InputError
 
+# What a training was told of a model's outputs: written beside the published keys, for the next stage to read.
+READING = ("shifted_logits", "mask_token_id", "block_length")
+
 
 def require_fixed(published: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
     """Raise InputError where a key asks for what transformers' module does not do: it is not read as something else."""
@@ -31,14 +34,17 @@ class AsPublished:
         config = read[0] if isinstance(read, tuple) else read
         # Masks are built in transformers by `is_causal` of the configuration, with no change to the model's code.
         config.is_causal, config.published = False, dict(config_dict)
+        for key in READING:
+            if config_dict.get(key) is not None:
+                setattr(config, key, config_dict[key])
         return read
 
     def to_diff_dict(self) -> dict[str, Any]:
-        """What save_pretrained writes: the published keys with the values they had, and the weights' dtype."""
+        """What save_pretrained writes: the published keys as they were, the weights' dtype, how outputs are read."""
         mine: dict[str, Any] = super().to_diff_dict()  # type: ignore[misc]
         if not hasattr(self, "published"):
             return mine
-        known = ("dtype", "transformers_version", "quantization_config")
+        known = ("dtype", "transformers_version", "quantization_config", *READING)
         # A quantization that has been multiplied out is no longer said.
         said = {key: value for key, value in self.published.items() if key != "quantization_config"}
         return {**said, **{key: mine[key] for key in known if key in mine}}

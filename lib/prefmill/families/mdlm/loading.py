@@ -11,6 +11,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, Quantization
 from prefmill.families.causal.loading import load_config, load_tokenizer, merged, model_parts, read_weights
 from prefmill.families.causal.whole import require_whole
+from prefmill.families.mdlm.as_published import READING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -122,10 +123,22 @@ def is_text(tokenizer: Any, token: int) -> bool:
 
 
 def predicts_next(model: Any, given: bool | None = None) -> bool:
-    """Whether the output at a place is for the token after it: Dream's shifted logits, or as the configuration says."""
+    """Whether the output at a place is for the token after it: given, as a finished folder says, or Dream's."""
     from prefmill.families.mdlm.native import SHIFTED
 
-    return model.config.model_type in SHIFTED if given is None else given
+    if given is not None:
+        return given
+    return bool(getattr(model.config, "shifted_logits", model.config.model_type in SHIFTED))
+
+
+def record_reading(config: Any, given: Mapping[str, Any]) -> None:
+    """Have a model's configuration say how its outputs are read, where `given` says it otherwise than the model does.
+
+    Whoever loads the finished folder would else read it in another way than it was trained, with nothing to see.
+    """
+    for key in READING:
+        if given.get(key) not in (None, getattr(config, key, None)):
+            setattr(config, key, given[key])
 
 
 def block_length_of(config: Any, given: int | None, attention: str | None) -> int | None:

@@ -65,7 +65,7 @@ _LLADA_NAMES = {
     ".up_proj.": ".mlp.up_proj.",
     ".ff_out.": ".mlp.down_proj.",
 }
-_IDS = ("mask_token_id", "pad_token_id", "eos_token_id", "bos_token_id")
+_IDS = ("pad_token_id", "eos_token_id", "bos_token_id")
 
 
 class LladaConfig(AsPublished, LlamaConfig):

@@ -21,6 +21,7 @@ from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_f
 from prefmill.families.causal.loading import LOADING, ORIGIN, require_same_tokens
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.whole import require_embedded
+from prefmill.families.mdlm.as_published import READING
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
 from prefmill.families.mdlm.load_check import check_diffusion_model
@@ -31,6 +32,7 @@ from prefmill.families.mdlm.loading import (
     mask_token_of,
     predicts_next,
     read_config,
+    record_reading,
 )
 from prefmill.families.mdlm.scorer import patch_forward
 from prefmill.store.artifacts import payload
@@ -141,6 +143,7 @@ def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: Pr
         precision=loading_precision(name, config, config.revision),
         **config.model_dump(include=LOADING),
     )
+    record_reading(model.config, config.model_dump(include=set(READING)))
     if not getattr(model, "supports_gradient_checkpointing", False):
         # The method of transformers raises for such a model; the Trainer calls it by this name.
         model.gradient_checkpointing_enable = lambda *_, **__: checkpoint_layers(model)

@@ -1,0 +1,56 @@
+"""How a model's outputs are read, told to one stage, holds for the next ones: the finished folder says it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mdlm_artifacts import SMALL, make_toy, metrics_of, run_stage
+from safetensors.torch import save_file
+from training_artifacts import publish_as
+
+from prefmill.demo.text import build_masked_diffusion
+from prefmill.families.mdlm.loading import load_diffusion_tokenizer
+from tests.unit.families.mdlm.test_mdlm_kin import LLADA_MOE, shapes
+
+pytestmark = pytest.mark.slow
+TOLD: dict[str, Any] = {"shifted_logits": True, "block_length": 8}
+EVALUATION = {"precision": "fp32", "diffusion_steps": 2, "num_tokens": 8, "exact_chain": False}
+
+
+def as_published(folder: Path) -> None:
+    """The model in `folder` as one whose configuration is written back in its published form."""
+    import torch
+
+    number = len(load_diffusion_tokenizer(str(folder)))
+    config = {key: value for key, value in LLADA_MOE.items() if key != "mask_token_id"} | {"vocab_size": number}
+    sizes = {key: (number, *size[1:]) if size[0] == 64 else size for key, size in shapes(config).items()}
+    torch.manual_seed(0)
+    weights = {key: torch.randn(size) * 0.1 + ("norm" in key) for key, size in sizes.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("published", [False, True])
+def test_a_finished_folder_says_how_its_outputs_are_read(published: bool, tmp_path: Path) -> None:
+    start = tmp_path / "start"
+    build_masked_diffusion(start, ["how is the table of the draft it is clear and old"] * 3, seed=0)
+    told = {**TOLD, "mask_token_id": load_diffusion_tokenizer(str(start)).mask_token_id}
+    if published:
+        as_published(start)
+    datasets = make_toy(tmp_path / "toy", num_sft=16, num_pairs=8, num_prompts_held_out=2)
+    short = {**SMALL, "num_train_epochs": 1, "diffusion_steps": 2, "learning_rate": 1e-3}
+    run_stage("mdlm_sft", tmp_path / "sft", {**short, **told, "model_name_or_path": str(start)}, datasets=datasets)
+    tuned = publish_as(tmp_path / "sft" / "out", "checkpoint")
+    run_stage("mdlm_dpo", tmp_path / "dpo", short, policy=tuned, datasets=datasets)
+    last = publish_as(tmp_path / "dpo" / "out", "checkpoint")
+    for folder in ("sft", "dpo"):
+        said = json.loads((tmp_path / folder / "out" / "config.json").read_text())
+        assert {key: said.get(key) for key in told} == told
+    found = []
+    for name, keys in (("untold", {}), ("told", told), ("otherwise", {"shifted_logits": False})):
+        run_stage("mdlm_evaluate", tmp_path / name, {**EVALUATION, **keys}, before=tuned, after=last, datasets=datasets)
+        found.append(metrics_of(tmp_path / name)["models"])
+    assert found[0] == found[1] != found[2]
