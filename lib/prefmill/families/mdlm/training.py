@@ -145,8 +145,9 @@ def load_scoring_model(name: str, config: DiffusionTrainingConfig, tokenizer: Pr
     )
     record_reading(model.config, config.model_dump(include=set(READING)))
     if not getattr(model, "supports_gradient_checkpointing", False):
-        # The method of transformers raises for such a model; the Trainer calls it by this name.
-        model.gradient_checkpointing_enable = lambda *_, **__: checkpoint_layers(model)
+        # The method of transformers raises for such a model; the Trainer calls it by the first name since 5.20.
+        model.activation_checkpointing_enable = lambda *_, **__: checkpoint_layers(model)
+        model.gradient_checkpointing_enable = model.activation_checkpointing_enable
     # Before the adapter is put on: PEFT then wraps a model whose forward scores already.
     install_for(model, config, tokenizer, config.forward_batch_size)
     if not shared:

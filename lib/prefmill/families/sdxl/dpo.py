@@ -134,8 +134,8 @@ def _plan(pairs: Sequence[PairImages], config: SdxlPreferenceConfig) -> list[Mic
 
 
 def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
-    args = plan_arguments(config, task, plan)
-    args.gradient_checkpointing = False  # transformers would ask the UNet in a language model's words
+    # The UNet checkpoints by itself: transformers would ask it in a language model's words.
+    args = plan_arguments(config.model_copy(update={"activation_checkpointing": False}), task, plan)
     args.ddp_find_unused_parameters = False  # every weight that is trained has a part in every loss
     return args
 
