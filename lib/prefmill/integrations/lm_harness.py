@@ -13,6 +13,7 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.tasks import TaskManager
 
 from prefmill.core.errors import ConfigError, InputError
+from prefmill.families.causal.chat import apply_template
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig, HarnessConfig
 from prefmill.families.mdlm.evaluated_model import Loaded
 
@@ -57,11 +58,9 @@ class HarnessModel(TemplateLM):
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text."""
-        text: str = self.tokenizer.apply_chat_template(
-            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
-        return text
+        """A chat as text, its last turn left open where a task begins the answer itself (its `gen_prefix`)."""
+        open_ended = not add_generation_prompt
+        return apply_template(self.tokenizer, chat_history, add_generation_prompt, continue_final_message=open_ended)
 
     def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
         """Raises ConfigError: windows over a text are a causal model's."""

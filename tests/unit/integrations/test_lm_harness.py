@@ -103,6 +103,45 @@ def test_a_causal_model_has_the_numbers_of_the_harness_own_adapter(tmp_path: Pat
                     assert (mine[0], mine[1]) == (pytest.approx(own[0], abs=1e-4), own[1])
 
 
+def test_an_answer_that_a_task_begins_is_left_open_in_a_chat(tmp_path: Path, tasks: Path) -> None:
+    """A task's `gen_prefix`: the turn was ended behind it, and the model asked for what follows its own end."""
+    from lm_eval import simple_evaluate
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from prefmill.integrations.lm_harness import HarnessModel
+
+    folder = save_tiny_qwen2(tmp_path / "model")
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    begun = yaml.safe_load((tasks / "local_written.yaml").read_text()) | {"task": "begun", "gen_prefix": "The answer:"}
+    (tmp_path / "begun.yaml").write_text(yaml.safe_dump(begun))
+    manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
+    asked = []
+    for adapter in (HFLM(model, tokenizer=tokenizer, batch_size=1), HarnessModel(CausalTaskModel(model, tokenizer))):
+        found = simple_evaluate(
+            adapter, tasks=["begun"], task_manager=manager, bootstrap_iters=0, apply_chat_template=True, num_fewshot=1
+        )
+        asked.append([sample["arguments"] for sample in found["samples"]["begun"]])
+    assert asked[0] == asked[1]
+
+
+def test_a_harness_chat_is_written_on_the_day_that_is_set(tmp_path: Path) -> None:
+    """A template with a clock had the day of the run, whatever `template_date` said; a refusal was a traceback."""
+    from prefmill.families.causal.loading import load_tokenizer
+    from prefmill.families.causal.templates import ChatTemplate
+    from prefmill.integrations.lm_harness import HarnessModel
+
+    text = "{{ strftime_now('%d %b %Y') }}{% for m in messages %}{{ m.content }}<|im_end|>{% endfor %}"
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+    template = ChatTemplate(chat_template=refusing + text, template_date="2024-07-26")
+    tokenizer = load_tokenizer(str(save_tiny_qwen2(tmp_path)), template=template)
+    harness = HarnessModel(CausalTaskModel(SimpleNamespace(forward=None), tokenizer))
+    assert harness.apply_chat_template([{"role": "user", "content": "a"}]) == "26 Jul 2024a<|im_end|>"
+    with pytest.raises(InputError, match="no system"):
+        harness.apply_chat_template([{"role": "system", "content": "a"}])
+
+
 def test_a_masked_diffusion_model_runs_both_tasks_by_its_bounds(
     tiny_diffusion: Path, tasks: Path, tmp_path: Path
 ) -> None:
