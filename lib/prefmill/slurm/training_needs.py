@@ -159,8 +159,9 @@ def _show_training(
     given: Given | None, say: Say,
 ) -> Iterator[str]:  # fmt: skip
     rows = f"up to {config.max_length} tokens, " if task.stage.on == "text" else ""
+    ranks = "GPU" if resources.gpus else "CPU rank"
     say(
-        f"  {needs.model or 'model'}, {needs.world} {'GPUs' if resources.gpus else 'ranks on CPUs'}, "
+        f"  {needs.model or 'model'}, {needs.world} {ranks}{'s' * (needs.world != 1)}, "
         f"{sharding(config).name}, {rows}batch {config.effective_batch_size}: "
         f"{needs.steps if needs.steps is not None else '?'} steps"
     )
