@@ -213,8 +213,14 @@ def _sequences(model: Any) -> Sequences:
 
 def _own(model: Any, prompt: Sequence[int], answer: Sequence[int]) -> Tensor:
     ids = torch.tensor([[*prompt, *answer]], device=model.device)
-    logits = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    return logps_of(logits, ids[0, len(prompt) :]).double().sum().cpu()
+    logits = model(input_ids=ids, use_cache=False).logits[0]
+    if len(logits) != ids.shape[1]:  # DiffusionGemma writes a block behind its input
+        raise InputError(
+            "this model does not say how likely each token is", where=model.config.name_or_path or None,
+            got=f"logits of {len(logits)} tokens for {ids.shape[1]}", expected="as many",
+            fix="give a causal language model; masked-diffusion models are trained by mdlm_sft and mdlm_dpo",
+        )  # fmt: skip
+    return logps_of(logits[len(prompt) - 1 : -1], ids[0, len(prompt) :]).double().sum().cpu()
 
 
 def _shown(values: Tensor) -> str:

@@ -143,3 +143,18 @@ def test_weights_that_are_no_numbers_are_said_to_be_so() -> None:
     torch.nn.init.constant_(model.model.layers[0].mlp.up_proj.weight, float("nan"))
     with pytest.raises(InputError, match="own likelihoods are no numbers"):
         own_likelihoods(model)
+
+
+def test_a_model_that_writes_blocks_behind_its_input_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As DiffusionGemma: its logits are those of a canvas, which was a traceback of shapes."""
+    model = build("llama")
+    forward = model.forward
+
+    def of_a_canvas(**given: Any) -> Any:
+        output = forward(**given)
+        output.logits = output.logits[:, :1].expand(-1, 64, -1)
+        return output
+
+    monkeypatch.setattr(model, "forward", of_a_canvas)
+    with pytest.raises(InputError, match=r"how likely each token[\s\S]*64 tokens for"):
+        own_likelihoods(model)
