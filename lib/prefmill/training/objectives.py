@@ -32,7 +32,8 @@ class PairScores:
     is what a pair counts, 1 where there is none. Residuals, [N, D], are what the chosen side's score is the negative
     mean square of, under the policy and the reference. Of a model with K heads a score is their mean, the margin of
     head k is `margin + head_deviations[:, k]`, and `head_labels` [N, K] are soft labels, NaN where nobody said. Where
-    scores are lower bounds of a log-likelihood, `rejected_upper` and `ref_rejected_upper` may hold upper ones.
+    scores are lower bounds of a log-likelihood, `rejected_upper` and `ref_rejected_upper` may hold upper ones. Where
+    they count some tokens less (LD-DPO), `chosen_whole` is the chosen side's full sum.
     """
 
     chosen: Tensor
@@ -49,6 +50,7 @@ class PairScores:
     head_labels: Tensor | None = None
     rejected_upper: Tensor | None = None
     ref_rejected_upper: Tensor | None = None
+    chosen_whole: Tensor | None = None
 
     @property
     def margin(self) -> Tensor:
@@ -126,8 +128,6 @@ def _mixed(upper: Tensor | None, lower: Tensor | None, settings: Settings) -> Te
 
 OFFICIAL_DIVERGENCE = 0.1
 _SMALL = 0.1  # below it the closed form of `phi` loses digits, its gradient twice as many: a series takes over
-
-
 Loss = Callable[[PairScores, Settings], Tensor]
 
 
@@ -189,8 +189,8 @@ def simpo(scores: PairScores, settings: Settings) -> Tensor:
 
 
 def sft(scores: PairScores, settings: Settings) -> Tensor:
-    """An anchor to mix in: the chosen side's negative log-likelihood per token."""
-    return -scores.chosen / scores.chosen_length  # -log pi(y_w) / |y_w|
+    """An anchor to mix in: the chosen side's negative log-likelihood per token, -log pi(y_w) / |y_w|."""
+    return -(scores.chosen if scores.chosen_whole is None else scores.chosen_whole) / scores.chosen_length
 
 
 def dpo(scores: PairScores, settings: Settings) -> Tensor:

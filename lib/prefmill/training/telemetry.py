@@ -177,7 +177,7 @@ def gradient_coefficient(scores: PairScores, objective: Objective, settings: Set
     """-dL/ds of the chosen score, [N]: gradient weight of the pair (b s(-bD) for the sigmoid objective)."""
     # The graph begins at the scores: the model's own is not walked a second time.
     chosen = scores.chosen.detach().requires_grad_()
-    detached = replace(scores, chosen=chosen, rejected=scores.rejected.detach())
+    detached = replace(scores, chosen=chosen, rejected=scores.rejected.detach(), chosen_whole=None)
     with torch.enable_grad():
         # A loss depends on its own pair alone, so the gradient of the sum is that of every pair.
         (gradient,) = torch.autograd.grad(objective.loss(detached, settings).sum(), chosen)

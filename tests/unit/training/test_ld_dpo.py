@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,15 @@ import pytest
 import torch
 
 from prefmill.core.stage import Task
-from prefmill.families.causal.ld_dpo import pair_sums
+from prefmill.families.causal.ld_dpo import DesensitizedFamily, pair_sums
+from prefmill.families.causal.loading import load_model, load_tokenizer
+from prefmill.families.causal.scorer import encode_sequences, patch_forward, score_batch
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.training.checkpoints import STEPS, read_curve
+from prefmill.training.objectives import Settings, mix
 from prefmill.training.preference_config import PreferenceConfig
 from tests.threads import same_bits
-from tests.tiny import pair_rows
+from tests.tiny import pair_rows, sentence
 
 KEYS: dict[str, Any] = {
     "learning_rate": 1e-3, "num_train_epochs": 2, "precision": "fp32", "per_device_train_batch_size": 2,
@@ -36,6 +41,34 @@ def test_sums_are_those_of_a_loop(alpha: float) -> None:
         for sums, place in zip(found, (good, bad), strict=True):
             expected = math.fsum(of[place][:shared]) + alpha * math.fsum(of[place][shared:])
             assert sums[number].item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.slow
+def test_the_anchor_of_a_mix_is_trls_beside_ld_dpo(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """`sft` counted what the chosen side says beyond its rival by alpha too: with 0 its end was not learnt."""
+    from datasets import Dataset
+    from trl import DPOConfig, DPOTrainer
+
+    model, tokenizer = load_model(str(tiny_qwen2), precision="fp32"), load_tokenizer(str(tiny_qwen2))
+    texts = {"prompt": sentence(1, 9), "chosen": sentence(2, 8), "rejected": sentence(3, 3)}
+    keys: dict[str, Any] = {"loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.7], "beta": 0.3}
+    trl = DPOTrainer(
+        model=copy.deepcopy(model), ref_model=copy.deepcopy(model), processing_class=tokenizer,
+        args=DPOConfig(str(tmp_path), ld_alpha=0.2, use_cpu=True, bf16=False, report_to="none", **keys),
+        train_dataset=Dataset.from_list([texts]),
+    )  # fmt: skip
+    expected = trl.compute_loss(trl.model, trl.data_collator([trl.train_dataset[0]])).item()
+    row = trl.train_dataset[0]
+    patch_forward(model)
+    parts = DesensitizedFamily(lambda *_: None, score_batch, 0.2)
+    batch = encode_sequences([(row["prompt_ids"], row[side]) for side in ("chosen_ids", "rejected_ids")], pad=0)
+    batch = replace(batch, chosen=torch.tensor([0]), rejected=torch.tensor([1]))
+    given = parts.pair_scores(model, batch)
+    given = replace(given, ref_chosen=given.chosen.detach(), ref_rejected=given.rejected.detach())
+    settings = Settings(beta=0.3)
+    assert mix(["sigmoid", "sft"], [1.0, 0.7], settings).loss(given, settings).item() == pytest.approx(
+        expected, abs=1e-5
+    )
 
 
 def test_gradients_are_the_same_bits_every_time_on_several_threads() -> None:

@@ -1,7 +1,7 @@
 """LD-DPO (Liu et al. 2024, arXiv 2409.06411): what a response says beyond the length of its rival counts less.
 
 log pi(y) becomes the sum over the first min(|y_w|, |y_l|) tokens plus alpha times that over the others (eq. 11), for
-policy and reference alike. alpha = 1 is DPO; every objective can be had of these sums.
+policy and reference alike. alpha = 1 is DPO; every objective but `sft`, which compares nothing, is had of these sums.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ class DesensitizedFamily(Family):
     ) -> PairScores:
         """The scores of a batch's pairs; lengths stay those of the whole responses."""
         tokens = self.score(model, per_token(batch))
-        chosen, rejected = pair_sums(tokens, batch.lengths, batch.chosen, batch.rejected, self.alpha)
+        sides = (batch.lengths, batch.chosen, batch.rejected)
+        chosen, rejected = pair_sums(tokens, *sides, self.alpha)
+        whole, _ = pair_sums(tokens, *sides, alpha=1.0)
         lengths = batch.lengths.to(tokens.dtype)
         return PairScores(
-            chosen, rejected, lengths[batch.chosen], lengths[batch.rejected], ref_chosen, ref_rejected
+            chosen, rejected, lengths[batch.chosen], lengths[batch.rejected], ref_chosen, ref_rejected,
+            chosen_whole=whole,
         )  # fmt: skip
 
     def reference_sides(self, scores: Tensor, index: int, pair: Any) -> tuple[Tensor, Tensor]:
