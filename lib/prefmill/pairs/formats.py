@@ -10,7 +10,18 @@ from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER
-from prefmill.pairs.forms import Form, Found, Judgement, Kind, Parse, Preference, Row, Tags, words
+from prefmill.pairs.forms import (
+    SYSTEM_COLUMNS,
+    Form,
+    Found,
+    Judgement,
+    Kind,
+    Parse,
+    Preference,
+    Row,
+    Tags,
+    words,
+)
 from prefmill.pairs.scored import SCORED_FORMS
 from prefmill.pairs.turns import (
     Answer,
@@ -164,8 +175,10 @@ def detect(row: Row, where: object, known: Mapping[str, Form] = FORMS) -> str:
         where=where, got=keys,
         expected=forms if found else f"{forms}; or one more of docs/bring-your-own-preferences.md",
         fix=(
+            f"say which it is: pair_format={found[0]}" if found else
+            "rename columns, as by columns={prompt: question, completion: answer}" if "prompt_completion" in known else
             "rename columns with columns={OURS: THEIRS}; rows without a preference cannot be used, image pairs go to "
-            "sdxl_dpo" if not found else f"say which it is: pair_format={found[0]}"
+            "sdxl_dpo"
         ),
     )  # fmt: skip
 
@@ -213,15 +226,12 @@ def _check_text(turn: Turn) -> None:
 
 
 def _with_system(row: Row, turns: Sequence[Turn]) -> list[Turn]:
-    """`turns` after the row's own `system` text, which stands beside them in a column."""
-    system = row.get("system")
-    if not system:
-        return list(turns)
-    if turns and turns[0]["role"] == "system":
-        if turns[0]["content"] != system:
-            raise BadRowError("the column system and the first turn say different things")
-        return list(turns)
-    return [{"role": "system", "content": system}, *turns]
+    """`turns` after the row's own system text, which stands beside them in a column."""
+    own = [turn["content"] for turn in turns[:1] if turn["role"] == "system"]
+    said = own + [row[column] for column in SYSTEM_COLUMNS if row.get(column)]
+    if any(text != said[0] for text in said):
+        raise BadRowError(f"the columns {' and '.join(SYSTEM_COLUMNS)} and the first turn say different things")
+    return list(turns) if own or not said else [{"role": "system", "content": said[0]}, *turns]
 
 
 def _prompt_of(chat: Chat, turns: Sequence[Turn]) -> Chat:

@@ -12,6 +12,7 @@ from prefmill.pairs.turns import Answer, Turn, as_answer
 
 Row = Mapping[str, Any]
 Tags = Mapping[str, str]
+SYSTEM_COLUMNS = ("system", "system_prompt")  # what may stand beside a row's turns; the second is OpenOrca's
 Kind = Literal["text", "list", "dict", "label", "text or list", "prompt"]
 _TYPES: dict[Kind, tuple[type, ...]] = {
     "text": (str,), "list": (list, tuple), "dict": (dict,), "label": (bool, int, float, str),
@@ -92,7 +93,8 @@ class Form:
     def keys(self) -> set[str]:
         """The keys of a row that are read, those that it need not have among them."""
         more = ("input", "history") if "instruction" in self.needs else ()
-        return {*self.needs, *self.items, *more, "system", "tools", "images", "image", "id", "pair_id", "split"}
+        beside = {*SYSTEM_COLUMNS, "tools", "images", "image", "id", "pair_id", "split"}
+        return {*self.needs, *self.items, *more, *beside}
 
     def fits(self, row: Row) -> bool:
         """Whether `row` has this form's keys, holding what they should."""

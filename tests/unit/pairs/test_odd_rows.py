@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from pyarrow import parquet
 
+from prefmill.core.config import validate
 from prefmill.core.errors import InputError
 from prefmill.families.causal.chat_rows import TrainedTurns
 from prefmill.pairs.chats import CHAT_FORMS, ChatSource, write_chats
@@ -229,3 +230,21 @@ def test_a_first_row_that_lacks_a_value_does_not_settle_the_form(tmp_path: Path,
     assert [row["conversations"][0]["value"] for row in read_jsonl(train)] == ["Q?", "R?"]
     with pytest.raises(InputError, match=r"a.jsonl:1(.|\n)*prompt_strings"):
         write_pairs(PairSource(dataset=file), tmp_path / "out", tmp_path / "bad.json")
+
+
+def test_a_column_system_prompt_is_the_systems(tmp_path: Path) -> None:
+    """OpenOrca's name of it: such prompts were trained on without it, as a line of the log told."""
+    said, asked = {"role": "system", "content": "Be kind."}, {"role": "user", "content": "Q?"}
+    row = {"system_prompt": "Be kind.", "prompt": "Q?", "chosen": "good", "rejected": "bad"}
+    assert parse(row, "prompt_strings", {}).messages == [said, asked]
+    assert parse({**row, "system_prompt": None}, "prompt_strings", {}).messages == [asked]
+    assert parse({**row, "system": "Be kind."}, "prompt_strings", {}).messages == [said, asked]
+    with pytest.raises(BadRowError, match="say different things"):
+        parse({**row, "system": "Be short."}, "prompt_strings", {})
+    write_jsonl(tmp_path / "x.jsonl", [{"system_prompt": "Be kind.", "question": "Q?", "response": "A."}])
+    columns = {"prompt": "question", "completion": "response"}
+    with pytest.raises(InputError, match=r"columns=\{prompt: question, completion: answer\}$"):
+        write_chats(validate(ChatSource, {"dataset": str(tmp_path / "x.jsonl")}), tmp_path, tmp_path / "bad.json")
+    source = validate(ChatSource, {"dataset": str(tmp_path / "x.jsonl"), "columns": columns})
+    train, _ = write_chats(source, tmp_path, tmp_path / "bad.json")
+    assert [row["messages"] for row in read_jsonl(train)] == [[said, asked, {"role": "assistant", "content": "A."}]]
