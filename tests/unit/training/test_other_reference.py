@@ -101,6 +101,11 @@ def test_runs_share_scores_by_what_the_reference_is(
     assert loss == pytest.approx(math.log(2), abs=1e-6)
     train(tmp_path, "other", tiny_qwen2, pairs_file, ref_name=str(other))
     assert len(cached(tmp_path)) == 2
+    turned = shutil.copytree(tiny_qwen2, tmp_path / "turned")
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 77.0}}
+    (turned / "config.json").write_text(json.dumps({**json.loads((turned / "config.json").read_text()), **rope}))
+    train(tmp_path, "turned", turned, pairs_file)
+    assert len(cached(tmp_path)) == 3, "the same weights under another config.json"
 
 
 def test_its_content_is_part_of_the_identity(tmp_path: Path, other: Path) -> None:
