@@ -133,3 +133,22 @@ BAD_CONFIGS = [{"splits": ["val"]}, {"splits": ["train", "test"]}, {"modality": 
 def test_config_refuses(values: dict[str, Any]) -> None:
     with pytest.raises(PrefmillError, match="invalid configuration"):
         load(BuildDatasetsConfig, values)
+
+
+def test_a_paper_that_most_pairs_are_of_is_told(tmp_path: Path) -> None:
+    """Its pairs grow with the square of its reviews: 3,000 gave 1.3 million, without a word."""
+    papers, reviews = make_rows(200)
+    paper = next(row for row in papers if row["split"] == "train" and row["decision"] == "accepted")
+    low, high = (pick(reviews, key=lambda row: evaluate(row)["checkmark_score"]) for pick in (min, max))
+    # Each of the first makes a pair with each of the second: 40 * 40.
+    many = [
+        {**row, **rating, "paper_id": paper["paper_id"], "review_id": f"x{number:02}-{rating['rating']}"}
+        for number in range(40)
+        for row, rating in ((low, {"rating": 1.0}), (high, {"rating": 9.0}))
+    ]
+    rest = [row for row in reviews if row["paper_id"] != paper["paper_id"]]
+    inputs = make_inputs(tmp_path, papers, sorted([*rest, *many], key=lambda row: (row["paper_id"], row["review_id"])))
+    (told,) = summary_of(build(tmp_path / "all", inputs))["warnings"]
+    assert told.startswith("1,600 of ")
+    assert told.endswith(f"pairs are of paper {paper['paper_id']}: max_pairs_per_paper keeps the clearest")
+    assert "warnings" not in summary_of(build(tmp_path / "few", inputs, max_pairs_per_paper=10))

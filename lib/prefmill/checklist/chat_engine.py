@@ -69,13 +69,14 @@ class _Choice(msgspec.Struct):
     def is_of_a_thought(self) -> bool:
         """Whether the first token is of a thought that the server keeps apart: some list log-probabilities of it."""
         said, listed = self.message or {}, (self.logprobs and self.logprobs.content) or [_Place()]
-        thought = said.get("reasoning_content") or said.get("reasoning")
+        # A list of parts may begin with a thought, as Mistral's do.
+        thought = said.get("reasoning_content") or said.get("reasoning") or isinstance(said.get("content"), list)
         return bool(thought) and not (self.first_word and self.first_word.startswith(_word(listed[0].token or "")))
 
     @property
     def first_word(self) -> str:
         """Of the answer; empty where there is none."""
-        text = str((self.message or {}).get("content") or "").strip()
+        text = _text((self.message or {}).get("content")).strip()
         # Servers that keep no thought apart write it before the answer; R1's template opens it in the prompt.
         behind = behind_thought(text, "<think>" if "</think>" in text else "")
         words = (text if behind is None else behind).split()
@@ -252,6 +253,14 @@ class ChatEngine(ServerEngine):
                 expected="a choice", fix="use a server that speaks OpenAI's chat completions",
             )  # fmt: skip
         return choices
+
+
+def _text(content: Any) -> str:
+    """What a message says; of a list of parts its texts, without the thoughts beside them."""
+    if not isinstance(content, list):
+        return str(content or "")
+    parts = [part for part in content if isinstance(part, dict) and part.get("type") == "text"]
+    return " ".join(str(part.get("text") or "") for part in parts)
 
 
 def _word(token: Any) -> str:

@@ -26,6 +26,7 @@ from prefmill.store.jsonl import JsonlWriter, read_jsonl
 from prefmill.store.missing import Progress
 
 IMAGES = "images"
+_MANY_PAIRS = 1000  # of one paper: venues give a paper ten reviews at most, so some forty pairs
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 
 
@@ -113,6 +114,7 @@ def build_datasets(
             writer.add(scored)
         # Inside the with: where one dataset is empty, no file of any of them appears.
         writer.check()
+    warnings = [*warnings, *writer.doubts()]
     write_registry(output, keys)
     # No key where there is none to tell: datasets that were built before have the same bytes.
     summary = {**_summary(found, writer, rules, cut), **({"warnings": warnings} if warnings else {})}
@@ -148,6 +150,7 @@ class _Writer:
         self.sft_selected: Counter[str] = Counter()
         self.dropped: dict[DatasetSplit, Counter[Dropped]] = {split: Counter() for split in rules.splits}
         self.num_pairs: Counter[str] = Counter()
+        self._most_pairs = (0, "")  # of one paper, and its id
 
     def open(self, stack: contextlib.ExitStack, keys: Iterable[DatasetKey]) -> None:
         for key in keys:
@@ -166,12 +169,20 @@ class _Writer:
         self.sft_selected[split] += len(good)
         # Counted before modalities, so that a lack of images is told apart from filters that dropped all pairs.
         self.num_pairs[split] += len(pairs)
+        self._most_pairs = max(self._most_pairs, (len(pairs), scored.paper["paper_id"]))
         for modality in self._rules.modalities if good or pairs else ():
             prompt = make_prompt(scored.paper, modality)
             if prompt is not None:
                 self._write(DatasetKey("sft", modality, split), (sft_row(prompt, item) for item in good))
                 self._write(DatasetKey("dpo", modality, split), (dpo_row(prompt, pair) for pair in pairs))
                 self._link(prompt)
+
+    def doubts(self) -> list[str]:
+        """What is odd about the pairs, in words: theirs grow with the square of a paper's reviews."""
+        count, paper_id = self._most_pairs
+        if count < _MANY_PAIRS or 2 * count <= (total := self.num_pairs.total()):
+            return []
+        return [f"{count:,} of {total:,} pairs are of paper {paper_id}: max_pairs_per_paper keeps the clearest"]
 
     def check(self) -> None:
         """Raise InputError when a dataset is empty, or the exclude file is not of these pairs."""

@@ -22,7 +22,7 @@ Dropped = Literal[
     "over_max_pairs_per_paper",
 ]
 REMEDIES: dict[Dropped, str] = {
-    "rating_diff_too_small": "lower min_rating_diff",
+    "rating_diff_too_small": "lower min_rating_diff (equal ratings make no pair)",
     "checkmark_diff_too_small": "lower min_checkmark_diff, or use a checklist that tells reviews apart",
     "rating_and_checkmark_disagree": "use a checklist that agrees better with the ratings",
     "same_text": "remove the duplicate reviews from the source",

@@ -131,7 +131,8 @@ def check_buildable(
             raise InputError(
                 f"no scored reviews in split '{split}'", got=dict(sorted(found.reviews.items())),
                 expected=f"reviews of papers with split '{split}'",
-                fix=f"give that split a share in ingest_reviews{leaving_out(split)}",
+                fix="ingest more papers, as titles decide the split, or give it a larger share in ingest_reviews"
+                f"{leaving_out(split)}",
             )  # fmt: skip
         if not found.wanted_decision[split]:
             raise InputError(

@@ -57,6 +57,10 @@ def entries(row: RawRow | PlainRow | RowProblem, named: Collection[str]) -> Iter
     if not isinstance(row, RawRow):
         yield row
         return
+    if _is_by_columns(row.values):
+        fix = 'write an object a review, as pandas does with to_json(path, orient="records", lines=True)'
+        yield RowProblem(row.place, "a table column by column, where rows are expected", fix, excerpt(row.values))
+        return
     values = {} if row.values.keys() & named else row.values
     if values and all(isinstance(value, dict) for value in values.values()):
         for name, value in values.items():
@@ -75,6 +79,18 @@ def _of_one(row: RawRow, named: Collection[str]) -> Iterator[RawRow | RowProblem
     """A row, or a paper's reviews."""
     is_paper = isinstance(row.values.get("reviews"), list) and "reviews" not in named
     yield from unfold(row) if is_paper else [row]
+
+
+def _is_by_columns(values: dict[str, Any]) -> bool:
+    """Whether they are a whole table as pandas writes it by columns, its default, or with orient="split"."""
+    if values.keys() - {"index"} == {"columns", "data"}:
+        return True
+    first = next(iter(values.values()), None)
+    if not (isinstance(first, dict) and first and all(map(str.isdecimal, first))):
+        return False
+    if any(isinstance(cell, dict) for cell in first.values()):  # a paper's reviews by their numbers
+        return False
+    return all(isinstance(column, dict) and column.keys() == first.keys() for column in values.values())
 
 
 def _is_of_objects(value: Any) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -35,6 +35,11 @@ VALID_FIELDS = REQUIRED_FIELDS | {
 _PAPER_FIELDS = ("paper_id", "title", "abstract", "text", "decision", "venue")
 _SAID_OF_PAPER = {"title", "abstract", "text", "decision"}  # by a row that is not of a review alone
 _NAMES_FIX = ", or give the file's own names in columns of this source, such as columns: {%s}"
+_OTHER_NAMES = {
+    "title": ("paper_title", "submission_title"),
+    "review_text": ("review", "comments", "comment", "review_content", "review_body", "main_review", "body"),
+    "rating": ("score", "overall", "overall_score", "overall_rating", "overall_recommendation", "recommendation"),
+}  # of fields that every row needs, as tables call them
 _DECISION_FIX = (
     f"use one of {', '.join(DECISIONS)}, leave it empty, or say in decision_words of this source which it means"
 )
@@ -48,7 +53,7 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
         return [_paper(list(map(values.get, _PAPER_FIELDS)), config, drawn), Skipped("row of a paper alone")]
     alone = {"paper_id", "review_text", "rating"} <= names and not names & _SAID_OF_PAPER
     required = REQUIRED_FIELDS - {"title"} if alone else REQUIRED_FIELDS
-    or_else = "" if required <= names else _NAMES_FIX % (_named_otherwise(values) or "rating: score")
+    or_else = "" if required <= names else _NAMES_FIX % _named_otherwise(values)
     check_fields(values, required, VALID_FIELDS, config.ignore_extra_fields, "row", or_else)
     paper = None if alone else _paper(list(map(values.get, _PAPER_FIELDS)), config, drawn)
     paper_id = paper.paper_id if paper else parse_id(values["paper_id"], "paper_id", config.id_prefix)
@@ -73,15 +78,27 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
 
 
 def _named_otherwise(values: dict[str, Any]) -> str:
-    spelled = _spelled(values)
-    inside = "" if "rating:" in spelled else rating_path(values)
-    return ", ".join(filter(None, (spelled, inside)))
+    """`columns` for such a row: the fields it has by other names, else a place for the name of one that it needs."""
+    found = _spelled(values)
+    has_rating = any(pair.startswith("rating:") for pair in found)
+    # Ratings in a list may be those of all reviews beside each review's own.
+    may_be_inside = isinstance(values.get("rating", []), dict | list) and not has_rating
+    if may_be_inside and (path := rating_path(values)):
+        found.append(path)
+    return ", ".join(found) or f"{min(REQUIRED_FIELDS - values.keys())}: COLUMN"
 
 
-def _spelled(names: Iterable[str]) -> str:
-    """`rating: Rating` for each field whose name stands there in another spelling; empty where none does."""
-    own = {_letters(name): name for name in names if name not in VALID_FIELDS}
-    return ", ".join(f"{field}: {own[key]}" for field in sorted(VALID_FIELDS) if (key := _letters(field)) in own)
+def _spelled(values: dict[str, Any]) -> list[str]:
+    """`rating: Rating` for each field that stands there in another spelling, or by another name that is often its."""
+    own = {_letters(name): name for name in values if name not in VALID_FIELDS}
+    # HotCRP's column `review` is the review's number.
+    words = {_letters(name) for name in values if " " in str(values[name]).strip()}
+    found = []
+    for field in sorted(VALID_FIELDS - values.keys()):
+        others = [_letters(name) for name in _OTHER_NAMES.get(field, ())]
+        ways = [_letters(field), *(way for way in others if field != "review_text" or way in words)]
+        found += [f"{field}: {own[way]}" for way in ways if way in own][:1]
+    return found
 
 
 def _letters(name: str) -> str:

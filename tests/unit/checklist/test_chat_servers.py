@@ -185,6 +185,19 @@ def test_sampled_answers_stand_behind_a_thought_that_is_not_kept_apart(
     assert "where the model thinks first, give it room" in found.failure
 
 
+def test_an_answer_in_parts_is_that_of_its_texts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As Mistral's models that think give them, and some gateways any: `[{'type'` was the word that was read."""
+    thought = {"type": "thinking", "thinking": [{"type": "text", "text": "No? The review does so."}]}
+    said: Any = [thought, {"type": "text", "text": "Yes."}]
+    found = ask(monkeypatch, lambda _: (200, sampled(said, said)), top_logprobs=0, votes=2)
+    assert found.answers["summary"]["p_yes"] == 1
+    found = ask(monkeypatch, lambda _: (200, sampled([thought], [thought])), top_logprobs=0, votes=2)
+    assert "where the model thinks first, give it room" in found.failure
+    first = {"token": "No", "top_logprobs": [{"token": "No", "logprob": -0.1}, {"token": "Yes", "logprob": -3.0}]}
+    body = {"choices": [{"message": {"content": said}, "logprobs": {"content": [first]}}]}
+    assert "log-probabilities are of the model's thought" in ask(monkeypatch, lambda _: (200, body)).failure
+
+
 def score_dev_reviews(engine: Any, folder: Path) -> None:
     """One review more at each attempt."""
     review: Any = {**REVIEW, "rating": 5.0, "confidence": None}

@@ -286,7 +286,7 @@ def test_a_column_that_is_named_wins_whatever_the_order(tmp_path: Path, columns:
 def test_one_column_may_stand_for_two_fields(tmp_path: Path) -> None:
     path = write(tmp_path / "x.jsonl", json.dumps({"asin": "B1", "id": 1, "reviewText": "Fine.", "overall": 5.0}))
     _, problems = read(source(format="jsonl", path=path))
-    assert "columns: {review_text: reviewText}" in problems[0].fix
+    assert "columns: {rating: overall, review_text: reviewText}" in problems[0].fix
     columns = {"paper_id": "asin", "title": "asin", "review_id": "id", "review_text": "reviewText", "rating": "overall"}
     paper, review = items_of(source(format="jsonl", path=path, columns=columns, rating_max=5))
     assert (paper.paper_id, paper.title, review.text) == ("B1", "B1", "Fine.")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, Literal
 
+import pandas
 import pytest
 
 from prefmill.reviews.files import files_at
@@ -121,3 +123,39 @@ def test_half_a_character_in_a_scores_name_is_told(tmp_path: Path) -> None:
     row = {"paper_id": "p1", "title": "T", "review_text": "Fine.", "rating": 5, "sub_scores": {"\ud800": 3}}
     _, problems = read(source(format="jsonl", path=write(tmp_path / "x.jsonl", row)))
     assert [problem.reason for problem in problems] == ["a field's name holds half of a surrogate pair"]
+
+
+@pytest.mark.parametrize("renamed", [
+    {"review_text": "review"}, {"review_text": "Comments", "rating": "Score"}, {"title": "paper_title"},
+])  # fmt: skip
+def test_other_names_that_tables_have_are_told_as_columns(tmp_path: Path, renamed: dict[str, str]) -> None:
+    """The fix was `columns: {rating: score}` whatever was missing: a column that the file has not."""
+    row = {"title": "T", "review_text": "All is fine.", "rating": 5}
+    path = write(tmp_path / "x.jsonl", {renamed.get(name, name): value for name, value in row.items()})
+    _, (problem,) = read(source(format="jsonl", path=path))
+    told = ", ".join(f"{name}: {own}" for name, own in sorted(renamed.items()))
+    assert problem.fix.endswith(f"columns: {{{told}}}")
+    columns = dict(pair.split(": ") for pair in told.split(", "))
+    assert [type(item) for item in items_of(source(format="jsonl", path=path, columns=columns))] == [
+        PaperRow,
+        ReviewRow,
+    ]
+
+
+def test_a_number_of_a_review_is_not_taken_for_its_text(tmp_path: Path) -> None:
+    _, (problem, _) = read(source(format="csv", path=write(tmp_path / "reviews.csv", HOTCRP)))
+    assert problem.fix.endswith("columns: {rating: COLUMN}")
+
+
+@pytest.mark.parametrize("orient", ["columns", "split"])
+def test_a_table_by_columns_is_told_as_such(tmp_path: Path, orient: Literal["columns", "split"]) -> None:
+    """Of pandas' default it was said that a field is missing, or is no text."""
+    frame = pandas.DataFrame({"title": ["T", "T"], "review_text": ["Fine.", "Good."], "rating": [6, 7]})
+    frame.to_json(tmp_path / "x.json", orient=orient)
+    _, (problem,) = read(source(format="jsonl", path=tmp_path / "x.json"))
+    assert problem.reason == "a table column by column, where rows are expected"
+    found = re.search(r"to_json\((.*)\)", problem.fix)
+    assert found
+    assert found[1] == 'path, orient="records", lines=True'
+    frame.to_json(tmp_path / "y.jsonl", orient="records", lines=True)
+    assert len(items_of(source(format="jsonl", path=tmp_path / "y.jsonl"))) == 4
