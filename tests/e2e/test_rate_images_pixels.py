@@ -18,7 +18,7 @@ from prefmill.images.collection import Quarantine, SourceImage, check_images
 from prefmill.images.rating import plan_matchups
 from prefmill.images.rating_server import RatingServer
 from prefmill.store.pictures import open_image
-from tests.unit.images.test_picture_formats import p3_profile
+from tests.unit.images.test_picture_formats import XMP_TURN, p3_profile
 
 pytestmark = [pytest.mark.slow, pytest.mark.timing]
 _DRAWN = """(async () => {
@@ -48,7 +48,7 @@ def pictures(folder: Path) -> list[Path]:
         "plain.png": (plain, {}), "plain.jpg": (plain, {}), "plain.webp": (plain, {"quality": 80}),
         "plain.bmp": (plain, {}), "plain.avif": (plain, {}), "plain.tif": (plain, {}), "plain.jp2": (plain, {}),
         "grey.jpg": (plain.convert("L"), {}), "cmyk.jpg": (plain.convert("CMYK"), {}),
-        "rgb.jpg": (plain, {"keep_rgb": True}),
+        "rgb.jpg": (plain, {"keep_rgb": True}), "edited.jpg": (plain, {"xmp": XMP_TURN}),
         "alpha.png": (clear, {}), "alpha.webp": (clear, {"lossless": True}), "alpha.avif": (clear, {}),
         "palette.png": (plain.quantize(16), {"transparency": 3}), "one_bit.png": (plain.convert("1"), {}),
         "deep.png": (deep, {}), "wide.png": (plain, {"icc_profile": p3_profile()}),

@@ -30,7 +30,7 @@ from prefmill.store.picture_formats import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-DECODER = 4  # raised where pictures become other arrays than before: what was computed of them is not taken again
+DECODER = 5  # raised where pictures become other arrays than before: what was computed of them is not taken again
 MAX_PIXELS = 40_000_000  # a file of some kilobytes can claim more than a machine's memory holds
 _NOTICED = 0.05  # of a picture's area or side: rounding to whole latents cuts less
 _ROUNDING = 2  # of 255: between sRGB profiles of several makers; the same picture with and without one stays the same
@@ -122,17 +122,18 @@ def shown_bytes(path: Path) -> tuple[bytes, str]:
 
 def as_seen(image: Image, where: object) -> Image:
     """An opened image as `open_image` gives it."""
-    from PIL import Image, ImageOps
+    from PIL import ExifTags, Image, ImageOps
 
     _require_scale(image, where)
     image.load()
+    image.getexif()[ExifTags.Base.Orientation] = _orientation(image)
     image = _in_srgb(_eight_bits(ImageOps.exif_transpose(image)))
     if image.has_transparency_data:
         # Put on white first: RGB alone would show the colours that stand under transparent pixels, often black.
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     image = image.convert("RGB")
-    image.info.pop("icc_profile", None)  # a PNG of it would name the profile, and a browser apply it again
+    image.info.clear()  # a profile or a turn that stayed there would be applied again
     return image
 
 
@@ -280,9 +281,11 @@ def _is_plain(image: Image) -> bool:
 def _orientation(image: Any) -> int:
     from PIL import ExifTags, Image
 
-    # Of a PNG Pillow decodes all pixels first: an orientation may stand behind them.
-    is_told = image.format == "PNG" and image.filename and _ends_behind_pixels(Path(image.filename))
-    exif = Image.Image.getexif(image) if is_told else image.getexif()
+    if image.format == "PNG" and not (image.filename and _ends_behind_pixels(Path(image.filename))):
+        image.load()  # an orientation may stand behind the pixels
+    # Of the EXIF alone, as browsers: Pillow looks in XMP too, where editors leave a turn that they have applied.
+    exif = Image.Exif()
+    exif.load(image.info.get("exif") or b"")
     found = exif.get(ExifTags.Base.Orientation, 1)
     return found if found in range(1, 9) else 1
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFile
+from PIL import Image, ImageFile, ImageOps
+from PIL.PngImagePlugin import PngInfo
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from prefmill.images.files import inspect_image
@@ -23,6 +24,9 @@ from prefmill.store.pictures import ImageError, image_size, open_image, shown_by
 P3, SRGB = ((0.680, 0.320), (0.265, 0.690), (0.150, 0.060)), ((0.64, 0.33), (0.30, 0.60), (0.15, 0.06))
 BRADFORD = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]])
 D50, D65 = np.array([0.9642, 1.0, 0.8249]), np.array([0.95047, 1.0, 1.08883])
+
+
+XMP_TURN = b'<rdf:Description xmlns:tiff="http://ns.adobe.com/tiff/1.0/" tiff:Orientation="6"/>'
 
 
 def saved(path: Path, image: Image.Image, **options: Any) -> Path:
@@ -86,6 +90,20 @@ def test_a_profile_keeps_alpha_and_one_that_cannot_be_used_changes_nothing(tmp_p
         file = saved(tmp_path / f"{number}.png", image, icc_profile=profile)
         assert np.array_equal(np.asarray(open_image(file)), np.asarray(image.convert("RGB")))
         assert "icc_profile" not in Image.open(io.BytesIO(shown_bytes(file)[0])).info
+
+
+@pytest.mark.parametrize("name", ["a.jpg", "a.webp", "a.png"])
+@pytest.mark.parametrize("camera", [False, True])
+def test_a_turn_that_only_xmp_tells_is_none_as_in_browsers(tmp_path: Path, name: str, camera: bool) -> None:
+    """Pillow turns such pictures, and whoever reads ours may look for a turn once more, as transformers does."""
+    image, exif, told = colours().crop((0, 0, 16, 8)), Image.Exif(), PngInfo()
+    exif.update({0x10F: "a camera"} if camera else {})
+    told.add_itxt("XML:com.adobe.xmp", XMP_TURN.decode())
+    file = saved(tmp_path / name, image, xmp=XMP_TURN, exif=exif, pnginfo=told)
+    assert ImageOps.exif_transpose(Image.open(file)).size == (8, 16)
+    assert image_size(file) == (16, 8)
+    assert ImageOps.exif_transpose(open_image(file)).size == (16, 8)
+    assert np.array_equal(open_image(file), np.asarray(Image.open(file)))
 
 
 def test_avif_is_read_upright_on_white_and_its_first_frame(tmp_path: Path) -> None:

@@ -62,6 +62,24 @@ def test_alphas_beside_diffusers_names_count(
         assert torch.allclose(found.double(), weight, atol=1e-4), f"{part}.{key}"
 
 
+@pytest.mark.parametrize("name", PART)
+def test_an_adapter_that_a_denoiser_saved_itself(opened: Callable[[str], Any], tmp_path: Path, name: str) -> None:
+    """It has no `unet.` before its names, and says alpha in its head."""
+    from peft import LoraConfig
+
+    model = getattr(opened(name), PART[name])
+    model.add_adapter(LoraConfig(r=2, lora_alpha=8, target_modules=["to_q", "to_k"], rank_pattern={"to_k": 4}))
+    for key, value in model.named_parameters():
+        value.data += 0.1 * ("lora_B" in key)
+    model.save_lora_adapter(tmp_path)
+    meant = {key: effective(layer) for key, layer in model.named_modules() if hasattr(layer, "lora_A")}
+    pipeline = opened(name)
+    add_adapter(pipeline, tmp_path, 1.0)
+    assert len(meant) >= 4
+    for key, weight in meant.items():
+        assert torch.allclose(effective(getattr(pipeline, PART[name]).get_submodule(key)), weight, atol=1e-5), key
+
+
 def test_text_encoders_by_comfyuis_names(opened: Callable[[str], Any], tmp_path: Path) -> None:
     """As its node that takes the difference of two models apart saves them, beside `diffusion_model.`"""
     pipeline = opened("sd3")
