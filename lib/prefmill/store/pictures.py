@@ -40,6 +40,7 @@ _CODED = {"PNG", "AVIF", "HEIF"}  # formats that may say their colours by number
 # Pillow gives a PNG's transparent colour in the file's depth, and the pixels in 8 bits.
 _CLEAR_AS = {"L;2": lambda value: value * 85, "L;4": lambda value: value * 17, "RGB;16B": lambda value: value >> 8}
 _BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # TIFF 6.0, pages 29, 37 (0 is white) and 80 (2 has a sign)
+_COMPRESSION, _PLANES = 259, 284  # TIFF 6.0, pages 30 (1 is none) and 38 (2 is a plane for each channel)
 _NEW_SUBFILE_TYPE, _DNG_VERSION = 254, 50706  # TIFF 6.0, page 36; DNG 1.4, page 22
 _AGAIN = "make the image again, or take the row out"
 
@@ -302,6 +303,7 @@ def _require_scale(image: Any, where: object) -> None:
         f"32-bit values, mode {image.mode}": image.mode in _UNSCALED,
         "16 bits, 0 is white": image.mode.startswith("I;16") and tags.get(_PHOTOMETRIC) == 0,
         "12 bits": 12 in tags.get(_BITS, ()),
+        "16 bits in planes": 16 in tags.get(_BITS, ()) and (tags.get(_PLANES), tags.get(_COMPRESSION)) == (2, 1),
         "numbers with a sign": 2 in tags.get(_SAMPLE_FORMAT, ()),
     }
     for got in (fault for fault, is_there in faults.items() if is_there):

@@ -316,3 +316,14 @@ def test_a_tiff_whose_values_pillow_takes_for_others_is_refused(
         return
     with pytest.raises(ImageError, match=rf"without a scale[\s\S]*{said}"):
         open_image(tmp_path / "a.tif")
+
+
+def test_16_bits_in_uncompressed_planes_are_refused(tmp_path: Path) -> None:
+    """TIFF 6.0, page 38: Pillow takes the halves of such values for 8-bit ones of two pixels."""
+    rest = struct.pack("<4H3I3I", 16, 16, 16, 0, 8, 136, 264, 128, 128, 128)
+    tags = [(256, 3, 1, 8), (257, 3, 1, 8), (258, 3, 3, 392), (259, 3, 1, 1), (262, 3, 1, 2), (273, 4, 3, 400),
+            (277, 3, 1, 3), (278, 3, 1, 8), (279, 4, 3, 412), (284, 3, 1, 2)]  # fmt: skip
+    ifd = struct.pack("<H", len(tags)) + b"".join(struct.pack("<HHII", *tag) for tag in tags) + bytes(4)
+    (tmp_path / "a.tif").write_bytes(b"II*\0" + struct.pack("<I", 424) + bytes(384) + rest + ifd)
+    with pytest.raises(ImageError, match=r"without a scale[\s\S]*16 bits in planes[\s\S]*save it with 8 bits"):
+        open_image(tmp_path / "a.tif")
