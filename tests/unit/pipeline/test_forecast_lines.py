@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from toys import toy_plan
 
-from prefmill.cli.main import main
 from prefmill.core.config import load
 from prefmill.core.errors import ConfigError
 from prefmill.core.stage import load_stage
@@ -169,8 +168,3 @@ def test_without_measuring_torch_is_not_imported(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "steps: not known before its dataset is made" in done.stdout
-
-
-def test_something_to_compare_with_is_asked_for(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    assert main(["estimate", str(REPOSITORY / "configs/pipelines/demo.yaml"), f"workspace={tmp_path}"]) == 2
-    assert "give --cluster FILE, or --measure" in capsys.readouterr().err
