@@ -79,7 +79,9 @@ def test_zero_3_computes_as_without_it() -> None:
 @pytest.mark.slow
 def test_zero_3_trains_the_whole_unet_as_one_process_does_and_resumes(folder: Path) -> None:
     (folder / "zero3.json").write_text(json.dumps(ZERO3))
-    keys = {**KEYS, "objective": "dpo", "lora": None, "use_ema": False, "max_steps": 3, "save_steps": 2}
+    # Adam enlarges last bits: ranks must not encode other pictures together than one process does.
+    alone = {"vae_batch_size": 1}
+    keys = {**KEYS, "objective": "dpo", "lora": None, "use_ema": False, "max_steps": 3, "save_steps": 2, **alone}
     sharded = {**keys, "deepspeed": str(folder / "zero3.json")}
     one, two = train_on(1, folder / "plain", keys), train_on(2, folder / "zero3", sharded)
     assert read_curve(two / "logs" / STEPS)[0]["margin"] == 0.0
@@ -87,7 +89,7 @@ def test_zero_3_trains_the_whole_unet_as_one_process_does_and_resumes(folder: Pa
     assert losses[1] == pytest.approx(losses[0], abs=1e-3)
     weights = [load_file(path / "out" / UNET) for path in (one, two)]
     assert set(weights[0]) == set(weights[1])
-    assert max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0]) < 1e-3
+    assert max((weights[0][key] - weights[1][key]).abs().max().item() for key in weights[0]) < 2e-4
     finished = (two / "out" / UNET).read_bytes()
     shutil.rmtree(two / "out" / "checkpoint-3")
     shutil.rmtree(two / "out" / "unet")
