@@ -143,7 +143,7 @@ def test_reviews_without_their_paper_are_left_out_counted_and_named_where_that_i
         note("gone", "gone", "Submission", title="Gone") | {"ddate": 5},
     )  # fmt: skip
     sources = [{"format": "openreview_v1", "path": path}]
-    with pytest.raises(InputError, match=r"review of paper q, which is not in the sources[^~]*\(2 rows\)"):
+    with pytest.raises(InputError, match=r"of paper q, which is not in the sources[^~]*papers do \(p\)[^~]*\(2 rows\)"):
         execute(planned(tmp_path / "strict", sources=sources))
     execute(task := planned(tmp_path, sources=sources, unknown_papers="drop"))
     assert [row["review_id"] for row in read_jsonl(task.output / "reviews.jsonl")] == ["r0"]

@@ -163,6 +163,19 @@ def test_shuffled_labels_report_no_signal(tmp_path: Path, corpus: Artifact, rows
         optimize(task_of(tmp_path / "f", corpus), select=labels, export={"on_no_signal": "fail"})
 
 
+@pytest.mark.slow
+def test_a_sum_that_goes_against_the_target_is_told(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
+    """It was exported as `No signal`, although its scores preferred the worse reviews beyond doubt."""
+    labels = write_weighted_labels(tmp_path / "l.csv", rows[1], dict.fromkeys(load_checklist().ids, -1.0), 2.5)
+    (told,) = optimize(task_of(tmp_path / "t", corpus), select=labels)["conclusion"]
+    assert told.startswith("No signal")
+    assert "All items equal correlate at −0." in told
+    assert "select.signed=true" in told
+    metrics = optimize(task_of(tmp_path / "s", corpus), select={**labels, "signed": True})
+    assert metrics["signal"] is True
+    assert "speaks against a review" in metrics["conclusion"][0]
+
+
 BOTH = {"summary": 1.5, "importance": 1.5}  # of 3 candidates
 
 
@@ -170,7 +183,7 @@ def held_out(signal: bool, low: float, high: float) -> dict[str, Any]:
     advantage = {"advantage": {"value": (low + high) / 2, "low": low, "high": high}}
     found = {"value": 0.5, "low": 0.4, "high": 0.6}
     better = {"advantage": {"value": 0.2, "low": 0.1, "high": 0.3}}
-    baselines = {"length_only": better, "rating_only": better, "all_items_equal": advantage}
+    baselines = {"length_only": better, "rating_only": better, "all_items_equal": {**advantage, "correlation": found}}
     return {
         "target": "confidence", "signal": signal, "model": "chosen", "p_value": 0.5, "alpha": 0.05,
         "correlation": found, "baselines": baselines,

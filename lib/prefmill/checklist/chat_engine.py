@@ -105,6 +105,8 @@ class ChatEngine(ServerEngine):
         super().__init__(checklist, config, config.model_name_or_path)
         self._config = config
         self._longest_whole = 0  # tokens of the longest prompt known to have been read whole
+        # Of all tokens: vLLM, transformers and Ollama else take the model's own 0.8 to 0.95, and draw no rare answer.
+        self._of_all: dict[str, Any] = {"top_p": 1}
 
     def prompt(self, paper: Paper, review: Review) -> str:
         """What the server is asked about the first item."""
@@ -205,8 +207,15 @@ class ChatEngine(ServerEngine):
         """P(yes) as a share of sampled answers. Its error is of (yes + 1) / (n + 2), as all alike is not certain."""
         words: list[str] = []
         while len(words) < self._config.votes:  # a server that knows no `n` gives one at a time
-            asked = {"max_tokens": _VOTE_TOKENS, "temperature": 1, "n": self._config.votes - len(words)}
-            choices = await self._ask(client, text, asked, request, len(words))
+            num_left = self._config.votes - len(words)
+            asked = {"max_tokens": _VOTE_TOKENS, "temperature": 1, **self._of_all, "n": num_left}
+            try:
+                choices = await self._ask(client, text, asked, request, len(words))
+            except RefusedError as refusal:
+                if "top_p" not in asked or "top_p" not in str(refusal):
+                    raise
+                self._of_all = {}  # models that take none (OpenAI's and Claude's newer ones) draw of all tokens
+                continue
             # At least one choice comes each time (else _ask raises), so this loop ends.
             words += [choice.first_word for choice in choices]
         yes, no = map(words.count, _ANSWERS)

@@ -162,9 +162,12 @@ class Server:
         if status >= 400:
             raise RefusedError(said)
         if not isinstance(content, dict):
+            streams = "event-stream" in response.headers.get("content-type", "")
             raise InputError(
                 "the server did not answer with JSON", where=self.where, got=said,
-                fix="check the URL in the variable that base_url_env names: it mostly ends in /v1",
+                fix="it streams what was not asked as a stream: turn that off there, or put LiteLLM before it"
+                if streams
+                else "check the URL in the variable that base_url_env names: it mostly ends in /v1",
             )  # fmt: skip
         return content
 

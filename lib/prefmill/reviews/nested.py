@@ -15,6 +15,7 @@ from prefmill.reviews.rows import RawRow, RowProblem, Skipped, excerpt
 from prefmill.store.jsonl import parse_json
 
 _RATING = re.compile(r"rating|score|recommendation|overall", re.IGNORECASE)
+_COLUMNS = ("title", "review_text", "rating")  # of which a review has one each
 _OF_ROWS = {"data", "rows", "examples", "items", "records", "results", "papers", "submissions"}  # in what holds rows
 
 
@@ -82,8 +83,8 @@ def _of_one(row: RawRow, named: Collection[str]) -> Iterator[RawRow | RowProblem
 
 
 def _is_by_columns(values: dict[str, Any]) -> bool:
-    """Whether they are a whole table as pandas writes it by columns, its default, or with orient="split"."""
-    if values.keys() - {"index"} == {"columns", "data"}:
+    """Whether they are a whole table as pandas writes it by columns, its default, or with orient="split" or "list"."""
+    if values.keys() - {"index"} == {"columns", "data"} or all(type(values.get(name)) is list for name in _COLUMNS):
         return True
     first = next(iter(values.values()), None)
     if not (isinstance(first, dict) and first and all(map(str.isdecimal, first))):

@@ -32,6 +32,7 @@ REQUIRED_FIELDS = {"title", "review_text", "rating"}
 VALID_FIELDS = REQUIRED_FIELDS | {
     "paper_id", "review_id", "abstract", "text", "decision", "decision_raw", "confidence", "venue", "sub_scores",
 }  # fmt: skip
+_PLAIN_FIELDS = sorted(VALID_FIELDS - {"sub_scores", "decision_raw"})
 _PAPER_FIELDS = ("paper_id", "title", "abstract", "text", "decision", "venue")
 _SAID_OF_PAPER = {"title", "abstract", "text", "decision"}  # by a row that is not of a review alone
 _NAMES_FIX = ", or give the file's own names in columns of this source, such as columns: {%s}"
@@ -55,6 +56,10 @@ def row_items(values: dict[str, Any], config: SourceConfig, drawn: bool = False)
     required = REQUIRED_FIELDS - {"title"} if alone else REQUIRED_FIELDS
     or_else = "" if required <= names else _NAMES_FIX % _named_otherwise(values)
     check_fields(values, required, VALID_FIELDS, config.ignore_extra_fields, "row", or_else)
+    if wrapped := [name for name in _PLAIN_FIELDS if type(values.get(name)) is dict]:
+        paths = ", ".join(f"{name}: {name}.{next(iter(values[name]), 'value')}" for name in wrapped)
+        fix = f"name what is in it in columns of this source: columns: {{{paths}}}"
+        raise RowError(f"{wrapped[0]} is an object", fix)
     paper = None if alone else _paper(list(map(values.get, _PAPER_FIELDS)), config, drawn)
     paper_id = paper.paper_id if paper else parse_id(values["paper_id"], "paper_id", config.id_prefix)
     confidence, unknown = config.confidence(values.get("confidence"))

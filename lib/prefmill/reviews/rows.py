@@ -26,7 +26,7 @@ _CONTROL_TO_ZERO = bytes(0 if _CONTROL.match(chr(code)) else code for code in ra
 _PLAIN_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:-]{0,199}")  # nearly every id, known to be fit at once
 _NOT_IN_ID = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 # "6: marginally above", "3 good", "3. Good", "7/10", but not "6th", "4.5.1" or "6,5"
-_LEADING_NUMBER = re.compile(r"\s*([+-]?\d+(?:\.\d+)?)(?!\w|\.\S|,\d)")
+_LEADING_NUMBER = re.compile(r"\s*([+\u2212-]?\d+(?:\.\d+)?)(?!\w|\.\S|,\d)")
 # "6-7", "5 -> 6", "5 (raised to 6)", "7 1/2", "6%", a sheet's "6-Jul", "6:00", and "4/5", where 5 must end the scale
 _SECOND_NUMBER = re.compile(
     r"\s*(?:(?P<of>[/\u2044\u2215]|[(\[]?(?:out )?of\b)|[-=]*>+|-+|[\u2010-\u2015\u2212→⇒±~,;&|]|(?:to|or|and)\b"
@@ -34,7 +34,7 @@ _SECOND_NUMBER = re.compile(
     r"\s*(?P<number>[+-]?\d+(?:\.\d+)?)|\s*(?P<percent>%)|\s+[\d¼½¾]|:\d"
     r"|-(?i:jan|feb|mar|apr|may|jun|jul|aug|sep|oct|nov|dec)(?:-\d+)?\s*$"
 )
-_DECIMAL_COMMA = re.compile(r"\s*[+-]?\d+,\d+(?![\w.,])")
+_DECIMAL_COMMA = re.compile(r"\s*[+\u2212-]?\d+,\d+(?![\w.,])")
 _NUMBERS = (int, float)  # the types: to isinstance a bool is an int, and `true` would be a rating of 1
 _MAX_NUMBER = sys.float_info.max
 _FLOATS_SKIP = 2**53  # from here on, two whole numbers may be one float
@@ -232,7 +232,8 @@ def parse_id(value: Any, name: str, prefix: str = "") -> str:
 
 def parse_score(value: Any, name: str) -> float:
     """A finite number, or the one that text such as `6: marginally above the threshold` begins with."""
-    number = float(match[1]) if isinstance(value, str) and (match := _LEADING_NUMBER.match(value)) else value
+    match = _LEADING_NUMBER.match(value) if isinstance(value, str) else None
+    number = float(match[1].replace("\u2212", "-")) if match else value
     if not is_number(number):
         raise RowError(f"{name} is not a number: {excerpt(repr(value))}", f"give {name} a number, or remove the row")
     return float(number) + 0.0  # no -0, whose line in the corpus would be another than that of 0

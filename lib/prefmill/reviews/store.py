@@ -168,6 +168,7 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
         # Only now: to build an index once costs less than to keep it right through every insert.
         self._database.execute("CREATE INDEX by_paper ON reviews (paper_id, review_id)")
         self._database.execute("CREATE INDEX by_title ON papers (title_key, paper_id)")
+        (known,) = self._database.execute("SELECT ifnull(min(paper_id), 'there are none') FROM papers").fetchone()
         for table, what in (("reviews", "review"), ("decisions", "decision")):
             # A paper is looked for once, and not for each of its reviews.
             unknown = f"paper_id IN (SELECT paper_id FROM {table} EXCEPT SELECT paper_id FROM papers)"  # noqa: S608
@@ -175,13 +176,12 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             # Fetched whole, as the caller puts each problem into this database before it asks for the next.
             orphans = self._database.execute(query).fetchall()
             fix = (
-                "add the papers' titles or submission notes to the sources, or set unknown_papers: drop to leave out "
-                f"what is said of papers that are not there ({len(orphans)} rows)"
+                f"add the papers' titles or submission notes to the sources, write ids as papers do ({known}), or "
+                f"set unknown_papers: drop to leave out what is said of papers that are not there ({len(orphans)} rows)"
             )
             for paper_id, *place in orphans:
-                yield RowProblem(
-                    self._place(*place), f"{what} of paper {paper_id}, which is not in the sources", fix, ""
-                )
+                reason = f"{what} of paper {paper_id}, which is not in the sources"
+                yield RowProblem(self._place(*place), reason, fix, "")
         yield from self._decide()
 
     def drop_unreviewed(self) -> int:

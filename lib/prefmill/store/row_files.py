@@ -168,7 +168,8 @@ def table_rows(lines: Iterator[str], path: Path, quoted: bool = True) -> Iterato
     except csv.Error as error:
         raise InputError(
             "unreadable CSV", where=f"{path}, in the row from line {start}", got=str(error),
-            fix="look for a quote that is not closed there; quotes inside a cell are doubled",
+            fix="look for a quote that is not closed there; quotes inside a cell are doubled, as in a sheet's CSV "
+            "(Google's TSV has them as they are)",
         ) from None  # fmt: skip
     finally:
         csv.field_size_limit(before)

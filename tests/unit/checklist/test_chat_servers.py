@@ -268,3 +268,43 @@ def test_what_a_paid_server_counts_is_told(
         assert f"asked {2 + 66} times" in capsys.readouterr().out
         probe(engine, tmp_path)
         assert "of answers" in capsys.readouterr().out
+
+
+def test_votes_are_drawn_of_all_tokens_whatever_the_servers_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM and Ollama take the model's own 0.8 or 0.9 where a request names no `top_p`: of P(yes) 0.85 all said yes."""
+    bodies: list[dict[str, Any]] = []
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        bodies.append(body)
+        may_be_no = body.get("top_p", 0.8) > 0.85
+        return 200, sampled(*["No" if may_be_no and number % 20 < 3 else "Yes" for number in range(body["n"])])
+
+    settings: dict[str, Any] = {"top_logprobs": 0, "votes": 20, "checklist": FEW}
+    assert ask(monkeypatch, answer, **settings).answers["summary"]["p_yes"] == 0.85
+    found = ask(monkeypatch, answer, **settings, extra_body={"top_p": 0.8})  # as a user wants it
+    assert found.answers["summary"]["p_yes"] == 1
+
+
+def test_models_that_take_no_top_p_are_asked_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the words of OpenAI's reasoning models; Claude's name it beside the temperature."""
+    asked: list[bool] = []
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        asked.append("top_p" in body)
+        error = {"message": "Unsupported parameter: 'top_p' is not supported with this model.", "param": "top_p"}
+        return (400, {"error": error}) if asked[-1] else (200, sampled(*["Yes"] * body["n"]))
+
+    settings: dict[str, Any] = {"top_logprobs": 0, "votes": 2, "checklist": FEW}
+    assert ask(monkeypatch, answer, **settings).answers["summary"]["p_yes"] == 1
+    assert asked == [True, False, False]
+    assert "is not supported with this model" in ask(monkeypatch, answer, **settings, extra_body={"top_p": 1}).failure
+
+
+def test_a_stream_that_nobody_asked_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk = json.dumps({"choices": [{"delta": {"content": "Yes"}}]})
+    content = f"data: {chunk}\n\ndata: [DONE]\n\n".encode()
+    with serving(lambda *_: (200, {"Content-Type": "text/event-stream; charset=utf-8"}, content)) as server:
+        monkeypatch.setenv("OPENAI_BASE_URL", server.url)
+        engine = open_engine(ChatConfig(model_name_or_path="judge"), FEW)
+        with pytest.raises(InputError, match=r"did not answer with JSON[\s\S]*it streams"):
+            list(engine.score([(PAPER, [REVIEW])]))

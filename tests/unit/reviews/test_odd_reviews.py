@@ -45,7 +45,7 @@ def test_two_numbers_and_another_scale_are_no_rating(text: str) -> None:
     ("text", "scale", "rating"),
     [("7/10", (1, 10), 7), ("4 out of 5", (1, 5), 4), ("60%", (0, 100), 60), ("10: Top 5%", (1, 10), 10),
      ("1-strong reject", (1, 10), 1), ("3-marginal", (1, 10), 3),
-     ("-2 (reject)", (-3, 3), -2), ("6 (was 5)", (1, 10), 6)],
+     ("-2 (reject)", (-3, 3), -2), ("\u22122", (-3, 3), -2), ("6 (was 5)", (1, 10), 6)],
 )  # fmt: skip
 def test_one_number_with_words_is_a_rating(text: str, scale: tuple[float, float], rating: float) -> None:
     assert parse_rating(text, scale) == rating

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import pandas
 import pytest
+import yaml
 
 from prefmill.reviews.files import files_at
 from prefmill.reviews.rows import PaperRow, ReviewRow, Skipped, Unknown
@@ -147,11 +148,14 @@ def test_a_number_of_a_review_is_not_taken_for_its_text(tmp_path: Path) -> None:
     assert problem.fix.endswith("columns: {rating: COLUMN}")
 
 
-@pytest.mark.parametrize("orient", ["columns", "split"])
-def test_a_table_by_columns_is_told_as_such(tmp_path: Path, orient: Literal["columns", "split"]) -> None:
-    """Of pandas' default it was said that a field is missing, or is no text."""
+@pytest.mark.parametrize("orient", ["columns", "split", "list"])
+def test_a_table_by_columns_is_told_as_such(tmp_path: Path, orient: Literal["columns", "split", "list"]) -> None:
+    """Of pandas' default, and of `to_dict("list")`, it was said that a field is missing, or is no text."""
     frame = pandas.DataFrame({"title": ["T", "T"], "review_text": ["Fine.", "Good."], "rating": [6, 7]})
-    frame.to_json(tmp_path / "x.json", orient=orient)
+    if orient == "list":  # of frames and of hub datasets
+        write(tmp_path / "x.json", frame.to_dict("list"))
+    else:
+        frame.to_json(tmp_path / "x.json", orient=orient)
     _, (problem,) = read(source(format="jsonl", path=tmp_path / "x.json"))
     assert problem.reason == "a table column by column, where rows are expected"
     found = re.search(r"to_json\((.*)\)", problem.fix)
@@ -159,3 +163,13 @@ def test_a_table_by_columns_is_told_as_such(tmp_path: Path, orient: Literal["col
     assert found[1] == 'path, orient="records", lines=True'
     frame.to_json(tmp_path / "y.jsonl", orient="records", lines=True)
     assert len(items_of(source(format="jsonl", path=tmp_path / "y.jsonl"))) == 4
+
+
+def test_values_inside_objects_are_named_by_the_columns_that_read_them(tmp_path: Path) -> None:
+    """As the contents of OpenReview's notes are in a table of them: the fix was to write a number."""
+    values = {"title": {"value": "T"}, "review_text": {"value": "Fine."}, "rating": {"value": 6}}
+    config = {"format": "jsonl", "path": write(tmp_path / "x.jsonl", values)}
+    _, (problem, *_) = read(source(**config))
+    columns = yaml.safe_load(problem.fix.partition("columns: ")[2])
+    paper, review = items_of(source(**config, columns=columns))
+    assert (paper.title, review.text, review.rating) == ("T", "Fine.", 6)

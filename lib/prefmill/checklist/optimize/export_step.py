@@ -68,9 +68,14 @@ def conclusion(held_out: Row, falls_back: bool, num_kept: int, num_exported: int
     found = _finding(held_out, num_kept, num_candidates)
     if not falls_back:
         return found
+    equal = held_out["baselines"][ALL_EQUAL]["correlation"]
+    against = (
+        f" All items equal correlate at {with_interval(equal)}: a yes speaks against a review there, and "
+        "select.signed=true tries such weights."
+    )
     return (
         f"{found} Exported with equal weights: the {num_exported} of {num_candidates} items that vary, agree with "
-        "themselves and do not repeat others."
+        f"themselves and do not repeat others.{against if equal['high'] < 0 else ''}"
     )
 
 

@@ -162,16 +162,23 @@ def _equal(found: Moments, spread: Array) -> Array:
 
 
 def _stability(design: Design, targets: Array, training: Array, penalty: Array, num_bootstrap: int, seed: int) -> Array:
-    """The share [P, Q, K] of bootstrap samples of papers in which an item gets a positive coefficient."""
+    """The share [P, Q, K] of bootstrap samples of papers in which an item gets a positive coefficient.
+
+    A small training set may have none of the papers of a sample, which then tells nothing of it.
+    """
     unique, index = np.unique(design.papers, return_inverse=True)
     generator = np.random.default_rng(seed + 2)
-    counts = np.zeros((*penalty.shape, design.answers.shape[1]))
+    counts, num_samples = np.zeros((*penalty.shape, design.answers.shape[1])), np.zeros(len(training))
     for _ in range(num_bootstrap):
         # A paper's number of draws is its weight: a bootstrap sample without a copy of any review.
         drawn = generator.multinomial(len(unique), np.full(len(unique), 1 / len(unique)))[index]
-        sample = weighted_moments(design.answers, targets, training * drawn)
-        counts += solve(sample.gram, sample.cross, penalty) > 0
-    return counts / num_bootstrap
+        weights = training * drawn
+        has_papers = weights.any(axis=1)
+        sample = weighted_moments(design.answers, targets, weights[has_papers])
+        counts[:, has_papers] += solve(sample.gram, sample.cross, penalty[:, has_papers]) > 0
+        num_samples += has_papers
+    result: Array = counts / np.maximum(num_samples, 1)[:, None]
+    return result
 
 
 Row = Mapping[str, Any]
