@@ -188,6 +188,10 @@ def test_exclude_leaves_pairs_out(tmp_path: Path, inputs: Inputs, built: Task) -
     after = [row["id"] for row in read_rows(task.output / "dpo_clean_train/data.jsonl")]
     assert after == [item for item in before if item not in (before[0], before[3])]
     assert summary_of(task)["dpo"]["dropped"]["train"]["excluded"] == 2
+    assert "warnings" not in summary_of(task)
+    (tmp_path / "exclude.txt").write_text(f"{before[0]}\na:b\n", "utf-8-sig")  # as Windows' editor saves it
+    [told] = summary_of(build(tmp_path / "other", inputs, exclude=str(tmp_path / "exclude.txt")))["warnings"]
+    assert told == "1 of 2 ids in the exclude file name no pair that would be kept"
 
 
 def test_exclude_file_of_other_pairs_is_refused(tmp_path: Path, inputs: Inputs) -> None:

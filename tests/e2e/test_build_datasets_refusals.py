@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -135,20 +136,22 @@ def test_config_refuses(values: dict[str, Any]) -> None:
         load(BuildDatasetsConfig, values)
 
 
-def test_a_paper_that_most_pairs_are_of_is_told(tmp_path: Path) -> None:
+def test_a_paper_that_most_rows_are_of_is_told(tmp_path: Path) -> None:
     """Its pairs grow with the square of its reviews: 3,000 gave 1.3 million, without a word."""
     papers, reviews = make_rows(200)
     paper = next(row for row in papers if row["split"] == "train" and row["decision"] == "accepted")
     low, high = (pick(reviews, key=lambda row: evaluate(row)["checkmark_score"]) for pick in (min, max))
-    # Each of the first makes a pair with each of the second: 40 * 40.
+    # Each of the first makes a pair with each of the second: 110 * 110. The second are the best reviews.
     many = [
-        {**row, **rating, "paper_id": paper["paper_id"], "review_id": f"x{number:02}-{rating['rating']}"}
-        for number in range(40)
+        {**row, **rating, "paper_id": paper["paper_id"], "review_id": f"x{number:03}-{rating['rating']}"}
+        for number in range(110)
         for row, rating in ((low, {"rating": 1.0}), (high, {"rating": 9.0}))
     ]
     rest = [row for row in reviews if row["paper_id"] != paper["paper_id"]]
     inputs = make_inputs(tmp_path, papers, sorted([*rest, *many], key=lambda row: (row["paper_id"], row["review_id"])))
-    (told,) = summary_of(build(tmp_path / "all", inputs))["warnings"]
-    assert told.startswith("1,600 of ")
+    told, of_sft = summary_of(build(tmp_path / "all", inputs))["warnings"]
+    assert told.startswith("12,100 of ")
     assert told.endswith(f"pairs are of paper {paper['paper_id']}: max_pairs_per_paper keeps the clearest")
-    assert "warnings" not in summary_of(build(tmp_path / "few", inputs, max_pairs_per_paper=10))
+    assert re.fullmatch(rf"1\d\d of 1\d\d SFT reviews are of paper {paper['paper_id']}: ingest fewer of them", of_sft)
+    assert summary_of(build(tmp_path / "few", inputs, max_pairs_per_paper=10))["warnings"] == [of_sft]
+    assert "warnings" not in summary_of(build(tmp_path / "best", inputs, max_pairs_per_paper=10, sft_top_fraction=0.05))

@@ -206,6 +206,15 @@ def test_what_cannot_be_learned_is_refused(
         optimize(task_of(tmp_path / "t", corpus), **blocks)
 
 
+def test_labels_by_other_ids_are_told(tmp_path: Path, corpus: Artifact, rows: tuple[Rows, Rows]) -> None:
+    """The fix was a larger share for dev, or more labels."""
+    path = tmp_path / "labels.csv"
+    path.write_text("review_id,label\n" + "".join(f"x-{name},{len(name) % 3}\n" for name in dev_ids(rows)))
+    message = rf"no label is of a dev review[\s\S]*'x-[\s\S]*such as '{dev_ids(rows)[0]}'"
+    with pytest.raises(InputError, match=message):
+        optimize(task_of(tmp_path / "t", corpus), select={"target": "labels", "labels": str(path)})
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -10,7 +10,7 @@ from prefmill.checklist.label_files import LabelFile
 from prefmill.core.errors import nearest
 
 COLUMNS = ("review_id", "item_id", "label")
-_ANSWERS = {"yes": True, "1": True, "true": True, "no": False, "0": False, "false": False}
+_ANSWERS = {"yes": True, "y": True, "1": True, "true": True, "no": False, "n": False, "0": False, "false": False}
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def _label(
             raise file.unusable(where, f"{name} {values[name]!r}{hint}", fix)
     answer = _ANSWERS.get(values["label"].lower().removesuffix(".0"))  # of a table with gaps
     if answer is None:
-        raise file.unusable(where, f"label {values['label']!r}", "write yes or no, 1 or 0, true or false")
+        raise file.unusable(where, f"label {values['label']!r}", "write yes or no, 1 or 0, or delete the line")
     return Label(values["review_id"], values["item_id"], answer, values["rater"])
 
 

@@ -26,7 +26,7 @@ from prefmill.store.jsonl import JsonlWriter, read_jsonl
 from prefmill.store.missing import Progress
 
 IMAGES = "images"
-_MANY_PAIRS = 1000  # of one paper: venues give a paper ten reviews at most, so some forty pairs
+_MANY = {"pairs": 1000, "SFT reviews": 100}  # of one paper: venues give it ten reviews at most, so some forty pairs
 _SPEAKERS = {"system": "system", "user": "human", "assistant": "gpt"}
 
 
@@ -150,7 +150,7 @@ class _Writer:
         self.sft_selected: Counter[str] = Counter()
         self.dropped: dict[DatasetSplit, Counter[Dropped]] = {split: Counter() for split in rules.splits}
         self.num_pairs: Counter[str] = Counter()
-        self._most_pairs = (0, "")  # of one paper, and its id
+        self._most = dict.fromkeys(_MANY, (0, ""))  # of one paper, and its id
 
     def open(self, stack: contextlib.ExitStack, keys: Iterable[DatasetKey]) -> None:
         for key in keys:
@@ -169,7 +169,8 @@ class _Writer:
         self.sft_selected[split] += len(good)
         # Counted before modalities, so that a lack of images is told apart from filters that dropped all pairs.
         self.num_pairs[split] += len(pairs)
-        self._most_pairs = max(self._most_pairs, (len(pairs), scored.paper["paper_id"]))
+        for what, found in (("pairs", pairs), ("SFT reviews", good)):
+            self._most[what] = max(self._most[what], (len(found), scored.paper["paper_id"]))
         for modality in self._rules.modalities if good or pairs else ():
             prompt = make_prompt(scored.paper, modality)
             if prompt is not None:
@@ -178,16 +179,22 @@ class _Writer:
                 self._link(prompt)
 
     def doubts(self) -> list[str]:
-        """What is odd about the pairs, in words: theirs grow with the square of a paper's reviews."""
-        count, paper_id = self._most_pairs
-        if count < _MANY_PAIRS or 2 * count <= (total := self.num_pairs.total()):
-            return []
-        return [f"{count:,} of {total:,} pairs are of paper {paper_id}: max_pairs_per_paper keeps the clearest"]
+        """What is odd, in words: a paper with most of the rows, ids to exclude that exclude nothing."""
+        totals = {"pairs": self.num_pairs.total(), "SFT reviews": self.sft_selected.total()}
+        remedies = {"pairs": "max_pairs_per_paper keeps the clearest", "SFT reviews": "ingest fewer of them"}
+        told = [
+            f"{count:,} of {totals[what]:,} {what} are of paper {paper_id}: {remedies[what]}"
+            for what, (count, paper_id) in self._most.items()
+            if count >= _MANY[what] and 2 * count > totals[what]
+        ]
+        num_ids, num_excluded = len(self._rules.pairs.exclude), self._num_excluded()
+        unread = f"{num_ids - num_excluded:,} of {num_ids:,} ids in the exclude file name no pair that would be kept"
+        return [*told, unread] if num_excluded < num_ids else told
 
     def check(self) -> None:
         """Raise InputError when a dataset is empty, or the exclude file is not of these pairs."""
         exclude = self._rules.pairs.exclude
-        if exclude and not any(dropped["excluded"] for dropped in self.dropped.values()):
+        if exclude and not self._num_excluded():
             raise InputError(
                 "the exclude file names no pair of these datasets", got=f"{len(exclude)} ids, such as {min(exclude)!r}",
                 expected="ids of rows in the dpo datasets: CHOSEN_ID:REJECTED_ID", fix="correct or leave out `exclude`",
@@ -195,6 +202,9 @@ class _Writer:
         for key, rows in self.num_rows().items():
             if not rows:
                 raise self._empty_sft(key) if key.kind == "sft" else self._empty_dpo(key)
+
+    def _num_excluded(self) -> int:
+        return sum(dropped["excluded"] for dropped in self.dropped.values())
 
     def _write(self, key: DatasetKey, rows: Iterable[dict[str, Any]]) -> None:
         before = self._files[key].num_rows

@@ -112,7 +112,7 @@ def fault(pair: ReviewPair, rules: PairRules) -> Dropped | None:
 def read_exclude(path: Path) -> frozenset[str]:
     """The pair ids in a text file, one a line; blank lines and lines that begin with `#` do not count."""
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("cannot read the exclude file", where=path, got=error, fix="correct `exclude`") from None
     return frozenset(line for line in lines if line and not line.startswith("#"))

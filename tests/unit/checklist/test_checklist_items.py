@@ -149,3 +149,11 @@ def test_a_label_that_may_stand_elsewhere_is_refused(tmp_path: Path, text: str, 
     (tmp_path / "x.csv").write_text(text)
     with pytest.raises(InputError, match=message):
         read_item_labels(tmp_path / "x.csv", ["r"], ["one"])
+
+
+def test_answers_are_written_in_several_ways(tmp_path: Path) -> None:
+    given = {"yes": True, "Y": True, "TRUE": True, "1.0": True, "no": False, "n": False, "False": False, "0": False}
+    lines = [f"r{number},one,{text}\n" for number, text in enumerate(given)]
+    (tmp_path / "x.csv").write_text("review_id,item_id,label\n" + "".join(lines))
+    ids = [f"r{number}" for number in range(len(given))]
+    assert [label.yes for label in read_item_labels(tmp_path / "x.csv", ids, ["one"])] == list(given.values())

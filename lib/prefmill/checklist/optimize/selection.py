@@ -21,6 +21,7 @@ from prefmill.checklist.optimize.lasso import (
     weighted_moments,
 )
 from prefmill.checklist.optimize.targets import Target, read_labels, require_learnable, target_values
+from prefmill.core.errors import InputError
 
 Papers = NDArray[np.int64]
 MODELS = ("chosen", "all_equal", "shrunk", "shrunk_signed")
@@ -199,6 +200,12 @@ def with_target(reviews: Sequence[Row], config: SelectConfig, outer_folds: int) 
     """
     labels = read_labels(config.labels) if config.labels else {}
     values = target_values(config.target, reviews, config.accept_rating, labels)
+    if labels and reviews and not values:
+        raise InputError(
+            "no label is of a dev review", where=config.labels, got=f"{len(labels)} labels, such as of {min(labels)!r}",
+            expected=f"ids of dev reviews, such as {reviews[0]['review_id']!r}",
+            fix="write review ids as the corpus has them, or give dev a larger share in ingest_reviews",
+        )  # fmt: skip
     chosen = [row for row in reviews if row["review_id"] in values]
     papers = {row["paper_id"] for row in chosen}
     require_learnable(config.target, values, len(papers), config.min_labels, max(outer_folds, config.inner_folds))

@@ -46,7 +46,7 @@ def read_labels(path: Path) -> dict[str, float]:
     for where, row in file.rows():
         review_id, label = row["review_id"], _number(row["label"])
         if label is None:
-            raise file.unusable(where, f"label {row['label']!r}", "write a number")
+            raise file.unusable(where, f"label {row['label']!r}", "write a number, or delete the line")
         given = labels.setdefault(review_id, {})
         if row["rater"] in given:
             fix = "keep one label a review, or say in a column `rater` who gave it"

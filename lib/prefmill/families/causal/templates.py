@@ -103,7 +103,7 @@ class ChatTemplate(StrictConfig):
         if self.chat_template_file is None:
             return self.chat_template
         try:
-            return self.chat_template_file.read_text("utf-8")
+            return self.chat_template_file.read_text("utf-8-sig")  # a byte order mark would begin each prompt
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(
                 "cannot read the chat template", where=self.chat_template_file, got=error, fix="correct chat_template"

@@ -62,7 +62,8 @@ def opened(folder: Path, today: date | None = None, **keys: Any) -> Any:
 def test_a_file_or_a_text_takes_the_place_of_the_models_own(folder: Path, tmp_path: Path) -> None:
     text = "{{ messages[0].content }}<|im_end|>"
     (tmp_path / "mine.jinja").write_text(text)
-    for given in (text, str(tmp_path / "mine.jinja")):
+    (tmp_path / "marked.jinja").write_text(text, "utf-8-sig")  # each prompt began with its mark
+    for given in (text, str(tmp_path / "mine.jinja"), str(tmp_path / "marked.jinja")):
         assert prompt_text(opened(folder, chat_template=given), USER) == "Say yes.<|im_end|>"
     assert prompt_text(opened(folder), USER) != "Say yes.<|im_end|>"
 
