@@ -47,10 +47,12 @@ _RETRACTIONS: dict[str, Decision] = {
 # Answers about the reviewer or the process, not about the paper.
 _NOT_SECTIONS = re.compile(
     r"title|confidence|code_of_conduct|first_time_reviewer|experience_assessment|review_assessment.*|"
-    r"flag_for_ethics_review|.*acknowledg.*|.*_id"
+    r"flag_for_ethics_review|ethical_review_flag|ethics_expertise_needed|.*acknowledg.*|.*_id"
 )
-# The same in ARR's words, counted as they came into reviews for long.
-_ABOUT_REVIEWER = re.compile(r"(impact_of_)?knowledge_of_.*|.*author_identity.*|.*certification|.*_compliance")
+# The same in ARR's and ICML's words, counted as they came into reviews for long.
+_ABOUT_REVIEWER = re.compile(
+    r"(impact_of_)?knowledge_of_.*|.*author_identity.*|.*certification|.*_compliance|compliance_with_.*"
+)
 # Of a rating that changed, say: as a section it would tell the model and the judge what it is to be.
 _RATING_NAME = re.compile(r"(\w+_)?rating(_\w+)?|(\w+_)?recommendation(_(before|after)_\w+)?")
 _RATING_TEXT = re.compile(r"\s*[+-]?\d+(\.\d+)?\s*([:(/=-][^\n]{0,100})?")
@@ -86,7 +88,10 @@ class OpenReviewSource(FileSource):
 
     def made_otherwise(self) -> dict[str, Any]:
         """Corpora are read again in which old notes or a form's answers counted, or a workshop as its conference."""
-        return {**super().made_otherwise(), "notes": "newest, without the form's own answers, of their own venue"}
+        return {
+            **super().made_otherwise(),
+            "notes": "newest, without the form's own answers and policies, of their own venue",
+        }
 
     def rows(self, source: int) -> Iterator[RawRow | PlainRow | RowProblem]:
         """The notes, each submission followed by the replies inside it."""

@@ -12,7 +12,7 @@ from prefmill.reviews.rows import word_key
 
 Preset = Literal[
     "iclr_2017", "iclr_2018", "iclr_2019", "iclr_2020", "iclr_2021", "iclr_2022", "iclr_2023", "iclr_2024",
-    "iclr_2025", "iclr_2026", "neurips", "neurips_2025", "icml_2025", "colm", "emnlp_2023", "arr", "tmlr",
+    "iclr_2025", "iclr_2026", "neurips", "neurips_2025", "icml_2025", "icml_2026", "colm", "emnlp_2023", "arr", "tmlr",
 ]  # fmt: skip
 RATING_FIELDS = ("rating", "recommendation", "overall_recommendation", "overall_assessment", "overall_rating")
 CONFIDENCE_FIELDS = ("confidence", "reviewer_confidence")
@@ -37,6 +37,7 @@ PRESETS: Mapping[Any, Mapping[str, Any]] = {
     "iclr_2026": {**_DECISION_NOTE, "rating_min": 0.0},  # 0, 2, 4, 6, 8, 10
     "neurips_2025": {**_DECISION_NOTE, "rating_max": 6.0},
     "icml_2025": {**_DECISION_NOTE, "rating_fields": ["overall_recommendation"], "rating_max": 5.0},
+    "icml_2026": {**_DECISION_NOTE, "rating_fields": ["overall_recommendation"], "rating_max": 6.0},
     "emnlp_2023": {"rating_fields": ["soundness"], "rating_max": 5.0},  # its form has no overall rating
     "arr": {"rating_fields": ["overall_assessment"], "rating_max": 5.0, "decision_invitations": ["decision"]},
     "tmlr": {  # its form asks for no grade but whether the claims are supported

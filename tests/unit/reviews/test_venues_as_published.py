@@ -12,7 +12,7 @@ from read_sources import ROW, items_of, read, source, write
 
 from prefmill.core.errors import InputError
 from prefmill.reviews.openreview_forms import says_nothing
-from prefmill.reviews.rows import PaperRow, Place, ReviewRow, Unknown, excerpt
+from prefmill.reviews.rows import PaperRow, Place, ReviewRow, Skipped, Unknown, excerpt
 from prefmill.reviews.store import CorpusStore
 
 ARR, ACL = "aclweb.org/ACL/ARR/2024/February", "aclweb.org/ACL/2024/Conference"
@@ -96,6 +96,27 @@ def test_icmls_reviews_are_on_their_scale(tmp_path: Path) -> None:
     (found,) = items_of(source(format="openreview_v2", path=write(tmp_path / "x.json", [review]), preset="icml_2025"))
     assert isinstance(found, ReviewRow)
     assert (found.rating, found.scale, found.venue) == (4.0, (1.0, 5.0), "ICML 2025")
+
+
+def test_icml_2026_has_six_ratings_and_policies_that_are_no_sections(tmp_path: Path) -> None:
+    """By its form: `Affirmed.` stood at the end of each review, as a section that a model learns to write."""
+    content: dict[str, Any] = {
+        "summary": "Sums.", "strengths_and_weaknesses": "Strong.", "soundness": "3: good", "significance": "2: fair",
+        "key_questions_for_authors": "Why?", "limitations": "Yes", "overall_recommendation": "6: Strong accept",
+        "confidence": 4, "compliance_with_LLM_reviewing_policy": "Affirmed.", "code_of_conduct_acknowledgement":
+        "Affirmed.", "ethical_review_flag": "Flag this paper.", "ethics_expertise_needed": ["Privacy"],
+    }  # fmt: skip
+    review = note("r", "p", "ICML.cc/2026/Conference", "Submission1/-/Official_Review", **content)
+    found, *left_out = items_of(
+        source(format="openreview_v2", path=write(tmp_path / "x.json", [review]), preset="icml_2026")
+    )
+    assert isinstance(found, ReviewRow)
+    assert (found.rating, found.scale, found.confidence) == (6.0, (1.0, 6.0), 4.0)
+    assert found.sub_scores == {"significance": 2.0, "soundness": 3.0}
+    assert found.text == (
+        "## Summary\nSums.\n\n## Strengths and weaknesses\nStrong.\n\n## Key questions for authors\nWhy?"
+    )
+    assert Skipped("answer about the reviewer") in left_out
 
 
 EASYCHAIR = '#,submission #,text,scores,total score,reviewer email\n7,1,Fine.,"{}",2,ann@x.org\n'
