@@ -17,7 +17,8 @@ ALIASES = {
     "max_len": "max_length", "max_seq_length": "max_length", "cutoff_len": "max_length", "pref_beta": "beta",
     "dpo_beta": "beta", "pref_loss": "loss_type", "warmup_ratio": "warmup_steps", "lr_scheduler": "lr_scheduler_type",
     "num_workers": "dataloader_num_workers", "mount_dir": "workspace", "image_max_pixels": "max_pixels",
-    "image_min_pixels": "min_pixels", "ref_model": "ref_name", "kl_beta": "beta",
+    "image_min_pixels": "min_pixels", "ref_model": "ref_name", "kl_beta": "beta", "base_model": "model_name_or_path",
+    "sequence_len": "max_length", "micro_batch_size": "per_device_train_batch_size",
 }  # fmt: skip
 # Sections of the minimal DPO loop's file, whose keys are keys of the stage here.
 SECTIONS = ("dataset", "dpo_training")
@@ -43,6 +44,9 @@ REFUSED = {
     "max_completion_length": "max_length is of prompt and answer together, and nothing is cut",
     "precompute_ref_log_probs": "the reference is scored before the first step, and kept",
     "report": "write report_to", "logging_dir": "logs are logs/RUN/STAGE/TASK", "run_name": "give run=NAME",
+    "adapter": "write lora: {r: 16, alpha: 32}", "val_set_size": "write val_fraction",
+    "f_divergence_type": "objectives are of the reverse KL divergence; GroupDPOTrainer takes TRL's others",
+    "push_to_hub": "the finished folder is published by hf upload",
 }  # fmt: skip
 
 

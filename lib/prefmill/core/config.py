@@ -273,7 +273,7 @@ def validate(
         # JSON mode keeps strictness while text may become a path and a list a tuple.
         return schema.model_validate_json(json.dumps(dict(values), default=str))
     except ValidationError as error:
-        problems = [explain(schema, detail, origins) for detail in error.errors(include_url=False)]
+        problems = explain(schema, error, origins)
         raise ConfigError(
             f"invalid configuration ({schema.__name__})", where=where, got="\n".join(["", *problems]),
             fix="correct these keys where they are given; `--help` of a stage explains each of its keys",

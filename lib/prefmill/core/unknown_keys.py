@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from prefmill.core.aliases import ALIASES, REFUSED
@@ -16,14 +16,20 @@ from prefmill.core.variables import HIDDEN
 _FEW_KEYS = 12
 
 
-def instead(key: str, valid: Collection[str]) -> str:
-    """What to write in place of an unknown key; all that is valid only where that is a short list."""
+def instead(key: str, valid: Collection[str], listed: set[str]) -> str:
+    """What to write in place of an unknown key; all that is valid only where that is short, or nothing is near.
+
+    No list stands twice in an error, whose lists are in `listed`: another tool's file has dozens of unknown keys.
+    """
     if key in REFUSED and ALIASES.get(key) not in valid:
         return f" ({REFUSED[key]})"
     near = difflib.get_close_matches(key, sorted(valid), n=3, cutoff=0.6)
     hint = f" (did you mean {' or '.join(repr(name) for name in near)}?)" if near else ""
-    few = len(valid) <= _FEW_KEYS or not near
-    return hint + (f"; valid keys: {_listed(sorted(valid))}" if few else "")
+    names = _on_lines(sorted(valid))
+    if names in listed or (near and len(valid) > _FEW_KEYS):
+        return hint
+    listed.add(names)
+    return f"{hint}; valid keys: {names}"
 
 
 def told_kinds(detail: ErrorDetails) -> str:
@@ -35,7 +41,7 @@ def told_kinds(detail: ErrorDetails) -> str:
     return f"{key} is missing: it says what the other keys are"
 
 
-def _listed(names: Sequence[str]) -> str:
+def _on_lines(names: Sequence[str]) -> str:
     """Names on lines of a terminal's width."""
     lines = textwrap.wrap(", ".join(names) or "(none)", 100)
     return "\n      ".join(lines if len(lines) == 1 else ["", *lines])
@@ -76,13 +82,18 @@ _WORDS = {
 }
 
 
-def explain(schema: type[BaseModel], detail: ErrorDetails, origins: Mapping[str, object]) -> str:
-    """What is wrong with a key in a line, with its value, and where it was given by `origins`."""
+def explain(schema: type[BaseModel], error: ValidationError, origins: Mapping[str, object]) -> list[str]:
+    """A line for every wrong key: what is wrong with it, its value, and where it was given by `origins`."""
+    listed: set[str] = set()
+    return [_explain(schema, detail, origins, listed) for detail in error.errors(include_url=False)]
+
+
+def _explain(schema: type[BaseModel], detail: ErrorDetails, origins: Mapping[str, object], listed: set[str]) -> str:
     location = ".".join(str(part) for part in detail["loc"])
     places = [origin for key, origin in origins.items() if f"{location}.".startswith(f"{key}.")]
     place = f", {places[-1]}" if places else ""
     if detail["type"] == "extra_forbidden":
-        hint = instead(str(detail["loc"][-1]), keys_at(schema, detail["loc"][:-1]))
+        hint = instead(str(detail["loc"][-1]), keys_at(schema, detail["loc"][:-1]), listed)
         return f"    {location}: unknown key{hint}{place}"
     if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
         return f"    {location} = {detail['input']!r:.200}: {told_kinds(detail)}{place}"

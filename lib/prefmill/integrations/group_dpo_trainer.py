@@ -22,7 +22,7 @@ from torch.utils.data import Sampler
 from transformers.modeling_outputs import MoeModelOutputWithPast
 from trl import DPOTrainer
 
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.distributed.scoring import inner_model
 from prefmill.families.causal.group_attention import use_group_attention
 from prefmill.families.causal.group_layout import pack
@@ -86,6 +86,12 @@ class GroupDPOTrainer(DPOTrainer):
         if not hasattr(dataset, "__len__") or self.args.train_sampling_strategy != "random":
             sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
             return sampler
+        # transformers ends such a training at step 0, and whoever goes on saves an untrained model.
+        if not len(dataset):
+            raise InputError(
+                "no rows to train on", got="none that TRL has left", expected="answers within max_length tokens",
+                fix="raise max_length; of rows whose prompt alone fills it nothing is trained",
+            )  # fmt: skip
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # Numbers hash alike in every process, unlike text: all ranks must draw one order.
         return PromptSampler([hash(tuple(ids)) for ids in dataset["prompt_ids"]], self._train_batch_size, seed)

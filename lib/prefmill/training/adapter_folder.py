@@ -10,6 +10,7 @@ from typing import Any
 from prefmill.core.places import expand_home
 from prefmill.core.revisions import snapshot
 
+Templates = str | dict[str, str]  # several by name: for every chat, for tools, for documents
 _CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # They cannot be merged, or not by their two files alone; PEFT reads every other key as it was trained.
 _ODD = (
@@ -36,13 +37,26 @@ def _has_model(folder: Path) -> bool:
     return any(not file.name.startswith("adapter_") and file.name != "training_args.bin" for file in weights)
 
 
-def template_of(folder: Path) -> str | None:
-    """The chat template that an adapter was saved with; None where its folder has none, or several by name."""
-    file, tokenizer = folder / "chat_template.jinja", folder / "tokenizer_config.json"
-    if file.is_file():
-        return file.read_text("utf-8")
-    found = json.loads(tokenizer.read_text("utf-8")).get("chat_template") if tokenizer.is_file() else None
-    return found if isinstance(found, str) else None
+def template_of(folder: Path) -> Templates | None:
+    """The chat template that an adapter was saved with; None where its folder has none."""
+    files = {path.stem: path for path in folder.glob("additional_chat_templates/*.jinja")}
+    if (own := folder / "chat_template.jinja").is_file():
+        files["default"] = own
+    if files:
+        texts = {name: path.read_text("utf-8") for name, path in files.items()}
+        return texts["default"] if texts.keys() == {"default"} else texts
+    tokenizer = folder / "tokenizer_config.json"
+    return stated_template(tokenizer) if tokenizer.is_file() else None
+
+
+def stated_template(file: Path) -> Templates | None:
+    """The `chat_template` of a JSON file, which lists several with their names; raises ValueError for anything else."""
+    found = json.loads(file.read_text("utf-8"))
+    try:
+        said = found.get("chat_template")
+        return {item["name"]: item["template"] for item in said} if isinstance(said, list) else said
+    except (AttributeError, KeyError, TypeError):
+        raise ValueError(f"no chat_template that can be read in {file}") from None
 
 
 def adapter_at(name: str, revision: str | None = None) -> Path | None:

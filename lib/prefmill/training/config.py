@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -158,7 +159,13 @@ class TrainingConfig(StrictConfig):
         if start is None or given or "chat_template" not in cls.model_fields:
             return values
         template = template_of(start)
-        return values if template is None else {**values, "chat_template": template}
+        # Of several by name the tokenizer takes all.
+        return {**values, "chat_template": template} if isinstance(template, str) else values
+
+    @property
+    def lora_start(self) -> Path | None:
+        """The adapter that training goes on with."""
+        return self.lora.start if self.lora else None
 
     @field_validator("deepspeed", mode="before")
     @classmethod

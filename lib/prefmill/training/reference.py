@@ -68,7 +68,7 @@ def start_weights(task: Task, config: TrainingConfig) -> str:
     """What the weights are that training starts from, by content where they lie on this machine."""
     policy = task.optional_input("policy")
     base = policy.manifest.content_digest if policy else weights_of(str(config.model_name_or_path), config.revision)
-    return base if config.lora is None or config.lora.start is None else f"{base}+{digest_path(config.lora.start)}"
+    return base if config.lora_start is None else f"{base}+{digest_path(config.lora_start)}"
 
 
 def weights_of(name: str, revision: str | None) -> str:

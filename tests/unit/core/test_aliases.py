@@ -54,6 +54,22 @@ def test_a_refused_key_is_answered_with_the_right_one(key: str) -> None:
     assert REFUSED[key] in str(caught.value)
 
 
+def test_a_list_of_valid_keys_stands_once() -> None:
+    """axolotl's file gave the list of all keys a hundred times, and the lines between with what to write were lost."""
+    axolotl = {
+        "base_model": "some/model", "rl": "dpo", "adapter": "lora", "sequence_len": 2048, "micro_batch_size": 2,
+        "flash_attention": True, "wandb_project": "x", "lora": {"zzz": 1, "yyy": 2},
+    }  # fmt: skip
+    with pytest.raises(ConfigError) as caught:
+        load(DpoConfig, axolotl)
+    text = str(caught.value)
+    # One of the stage's keys, one of those of `lora`.
+    assert text.count("valid keys: ") == 2
+    assert text.count("unknown key") == 6
+    assert "adapter: unknown key (write lora: {r: 16, alpha: 32})" in text
+    assert all(key not in text for key in ("base_model", "sequence_len", "micro_batch_size"))
+
+
 def test_blanks_around_the_sign_are_taken_out() -> None:
     assert joined(["a.b", "=", "0.2", "c=1", "d=", "2", "e", "=3", "f=[x=y]"]) == [
         "a.b=0.2",

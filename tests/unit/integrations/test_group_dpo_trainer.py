@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.loading import load_model, load_tokenizer
 from tests.models.tiny_configs import tiny_config
 from tests.threads import same_bits
@@ -203,6 +203,12 @@ def test_prompts_stay_together_in_every_epoch() -> None:
     batches = [first[start : start + 8] for start in range(0, len(first), 8)]
     split = Counter(prompt for batch in batches for prompt in {prompts[row] for row in batch})
     assert sum(split[number] > -(-size // 8) for number, size in enumerate(sizes)) <= 3
+
+
+def test_rows_that_are_all_beyond_the_length_are_no_training(tiny_qwen2: Path, tmp_path: Path) -> None:
+    """TRL's trainer ends in an error of torch (num_samples=0); with max_steps this one trained nothing."""
+    with pytest.raises(InputError, match="raise max_length"):
+        make("group", tiny_qwen2, tmp_path, rows(), max_length=3, max_steps=1).train()
 
 
 def test_images_are_sent_to_the_stage(tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ from prefmill.core.config import identity, validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.stage import Task
 from prefmill.families.causal.other_reference import reference_parts
-from prefmill.families.causal.start_checks import check_start
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.adapter import add_adapter
 from prefmill.training.checkpoints import STEPS, read_curve
@@ -240,14 +239,45 @@ def test_an_adapter_with_tokens_that_its_base_lacks_is_refused(adapter: Path, ti
     from prefmill.families.causal.loading import load_tokenizer
 
     folder = shutil.copytree(adapter, tmp_path / "a")
-    own, more = load_tokenizer(str(tiny_qwen2)), load_tokenizer(str(tiny_qwen2))
+    more = load_tokenizer(str(tiny_qwen2))
     more.save_pretrained(folder)
-    config = validate(PreferenceConfig, {"model_name_or_path": str(folder)})
-    check_start(str(tiny_qwen2), own, config)
+    load_tokenizer(str(tiny_qwen2), adapter=folder)
     more.add_tokens(["<|tool|>"], special_tokens=True)
     more.save_pretrained(folder)
     with pytest.raises(InputError, match=r"other tokens than its base's(.|\n)*<\|tool\|>"):
-        check_start(str(tiny_qwen2), own, config)
+        load_tokenizer(str(tiny_qwen2), adapter=folder)
+
+
+@pytest.mark.parametrize("saves_files", [True, False])
+def test_several_templates_by_name_are_the_adapters_own(
+    saves_files: bool, adapter: Path, tiny_qwen2: Path, tmp_path: Path
+) -> None:
+    """PEFT's folder with a tokenizer such as Command R's: its base's template was read in their place."""
+    from transformers import AutoTokenizer
+
+    from prefmill.families.causal.chat import encode
+    from prefmill.families.causal.loading import load_tokenizer
+
+    folder = shutil.copytree(adapter, tmp_path / "a")
+    end = "<|im_end|>{% endfor %}"
+    named = {
+        "default": "{% for m in messages %}[{{ m.content }}]" + end,
+        "tool_use": "{{ tools[0].name }}{% for m in messages %}({{ m.content }})" + end,
+    }
+    saved = AutoTokenizer.from_pretrained(tiny_qwen2)
+    saved.chat_template = named
+    saved.save_pretrained(folder, save_jinja_files=saves_files)
+    theirs = AutoTokenizer.from_pretrained(folder)
+    config = validate(DpoConfig, {"model_name_or_path": str(folder)})
+    trained = load_tokenizer(config.model_name_or_path, template=config, adapter=config.lora_start)
+    chat = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    for read in (load_tokenizer(str(folder)), trained):
+        assert read.chat_template == theirs.chat_template == named
+        for tools in ([], [{"name": "t"}]):
+            whole = theirs.apply_chat_template(chat, tools=tools or None, tokenize=False)
+            prompt, answer = encode(read, chat[:1], "a", tools)
+            assert read.decode(prompt + answer) == whole
+    assert validate(DpoConfig, {"model_name_or_path": str(folder), "chat_template": "{{ 1 }}"}).chat_template
 
 
 @pytest.mark.parametrize(

@@ -21,16 +21,18 @@ def test_a_reward_model_is_no_start_and_one_without_a_head_is_told(
     """With tied embeddings both would load without a word, the head dropped or made up."""
     from transformers import Qwen2ForSequenceClassification, Qwen2Model
 
-    from prefmill.families.causal.loading import load_model, load_tokenizer
+    from prefmill.families.causal.loading import load_model
 
-    tokenizer = load_tokenizer(str(tiny_qwen2))
     said = json.loads((tiny_qwen2 / "config.json").read_text()) | {"tie_word_embeddings": True}
     for kind in (Qwen2ForSequenceClassification, Qwen2Model):
         kind(kind.config_class(**said)).save_pretrained(tmp_path / kind.__name__)
-        load_model(str(tmp_path / kind.__name__), precision="fp32")
-    with pytest.raises(InputError, match="Qwen2ForSequenceClassification"):
-        check_start(str(tmp_path / "Qwen2ForSequenceClassification"), tokenizer, PreferenceConfig())
-    check_start(str(tmp_path / "Qwen2Model"), tokenizer, PreferenceConfig())
+    reward = str(tmp_path / "Qwen2ForSequenceClassification")
+    # Of a training before its rows are read; judges and evaluations load it, and read the embeddings as its head.
+    for read in (lambda: check_start(reward, PreferenceConfig()), lambda: load_model(reward, precision="fp32")):
+        with pytest.raises(InputError, match="Qwen2ForSequenceClassification"):
+            read()
+    load_model(str(tmp_path / "Qwen2Model"), precision="fp32")
+    check_start(str(tmp_path / "Qwen2Model"), PreferenceConfig())
     assert "says that it is Qwen2Model" in caplog.text
 
 
@@ -39,19 +41,19 @@ def test_what_the_configuration_says_is_checked_before_weights_are_loaded(tiny_q
 
     folder = shutil.copytree(tiny_qwen2, tmp_path / "m")
     (folder / "model.safetensors").unlink()
-    tokenizer = load_tokenizer(str(folder))
-    check_start(str(folder), tokenizer, PreferenceConfig())
+    check_start(str(folder), PreferenceConfig())
     check_positions(str(folder), [512], PreferenceConfig())
     with pytest.raises(ConfigError, match="longer than the model has positions"):
         check_positions(str(folder), [3, 513], PreferenceConfig())
     for attention in ("flash_attention_2", "nonesuch"):
         with pytest.raises(ConfigError, match="this attention cannot be used"):
-            check_start(str(folder), tokenizer, PreferenceConfig(attn_implementation=attention, layout="pairwise"))
-    check_start(str(folder), tokenizer, PreferenceConfig(attn_implementation="eager", layout="pairwise"))
+            check_start(str(folder), PreferenceConfig(attn_implementation=attention, layout="pairwise"))
+    check_start(str(folder), PreferenceConfig(attn_implementation="eager", layout="pairwise"))
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "layer_types": ["full_attention", "indexed_attention"]}))
     with pytest.raises(ConfigError, match="cannot share prompts in this model"):
         choose_layout(PreferenceConfig(layout="group"), str(folder))
+    tokenizer = load_tokenizer(str(folder))
     tokenizer.pad_token = tokenizer.eos_token = None
     tokenizer.save_pretrained(folder)
     with pytest.raises(InputError, match="neither a pad nor an end token"):
@@ -70,15 +72,14 @@ def test_a_model_that_transformers_does_not_know_is_refused_by_name(
     said: dict[str, Any], why: str, tiny_qwen2: Path, tmp_path: Path
 ) -> None:
     """Wherever its configuration is read first: dpo ended in a traceback of transformers, for a very new model too."""
-    from prefmill.families.causal.loading import load_model, load_tokenizer
+    from prefmill.families.causal.loading import load_model
 
     folder = shutil.copytree(tiny_qwen2, tmp_path / "m")
     config = json.loads((folder / "config.json").read_text()) | said
     (folder / "config.json").write_text(json.dumps({key: value for key, value in config.items() if value}))
-    tokenizer = load_tokenizer(str(tiny_qwen2))
     for read in (
         lambda: choose_layout(PreferenceConfig(), str(folder)),
-        lambda: check_start(str(folder), tokenizer, PreferenceConfig()),
+        lambda: check_start(str(folder), PreferenceConfig()),
         lambda: load_model(str(folder), precision="fp32"),
     ):
         with pytest.raises(InputError, match=why):

@@ -71,9 +71,9 @@ def train_dpo(
     """
     config, why_pairwise = choose_layout(config, policy)
     options = config.model_dump(include=ORIGIN)
-    tokenizer = load_tokenizer(policy, template=rows, today=task.began_on, **options)
+    tokenizer = load_tokenizer(policy, template=rows, today=task.began_on, adapter=config.lora_start, **options)
     # From the configuration alone: refused before rows are tokenised and weights are loaded.
-    check_start(policy, tokenizer, config)
+    check_start(policy, config)
     reader = open_reader(policy, tokenizer, rows, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []

@@ -16,9 +16,9 @@ from prefmill.core.revisions import hub_file, snapshot
 from prefmill.families.causal.quantized import four_bit, load_whole, require_trainable, unquantized
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.families.causal.vision_parts import auto_class
-from prefmill.families.causal.whole import WHOLE, require_one_of_each, require_vocabulary, require_whole
+from prefmill.families.causal.whole import WHOLE, require_one_of_each, require_vocabulary, require_whole, require_writer
 from prefmill.training.adapter import merge_adapter, put_on
-from prefmill.training.adapter_folder import is_both, lora_of, template_of, whole_model
+from prefmill.training.adapter_folder import is_both, lora_of, stated_template, template_of, whole_model
 
 if TYPE_CHECKING:
     from datetime import date
@@ -42,24 +42,27 @@ def load_tokenizer(
     trust_remote_code: bool = False,
     template: ChatTemplate | None = None,
     today: date | None = None,
+    adapter: Path | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of `name_or_path`, with a pad token and a chat template, its own or that of `template`.
 
     Raises InputError when it is missing, has no words, no chat template (prompts are chats throughout) or one that
-    reads the clock where `today` is not given, or has no token to pad rows with. Of an adapter it is its base's, with
-    the adapter's own template.
+    reads the clock where `today` is not given, or has no token to pad rows with. Of an adapter, also of one to
+    go on with upon `name_or_path`, it is its base's, with the adapter's own template.
     """
     from transformers import AutoTokenizer
 
-    name_or_path, revision, adapter = model_parts(name_or_path, revision)
+    name_or_path, revision, own_adapter = model_parts(name_or_path, revision)
     with loading("the tokenizer", name_or_path):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, revision=revision, trust_remote_code=trust_remote_code)
     require_vocabulary(tokenizer, name_or_path)
     if tokenizer.chat_template is None:  # LLaVA's folders have it where processors alone look
-        said = hub_file(name_or_path, "chat_template.json", revision)
-        tokenizer.chat_template = json.loads(Path(said).read_text("utf-8")).get("chat_template") if said else None
+        said = hub_file(name_or_path, file := "chat_template.json", revision)
+        with loading(file, name_or_path):
+            tokenizer.chat_template = stated_template(Path(said)) if said else None
+    adapter = adapter or own_adapter
     if adapter is not None:
-        require_same_tokens(tokenizer, adapter)
+        _require_same_tokens(tokenizer, adapter)
         tokenizer.chat_template = template_of(adapter) or tokenizer.chat_template
     (template or ChatTemplate()).put_on(tokenizer, name_or_path, today)
     if tokenizer.pad_token_id is None:
@@ -96,6 +99,7 @@ def load_model(
         model = load_model(base, precision="fp32", attn_implementation=attn_implementation, **origin)
         return merged(model, adapter, precision, quantization)
     config = load_config(name_or_path, revision, trust_remote_code)
+    require_writer(name_or_path, config)
     # transformers' choice for Gemma 2 leaves the cap of the scores out.
     capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
     attention = attn_implementation or ("eager" if capped else None)
@@ -233,11 +237,11 @@ def loading(what: str, where: object) -> Iterator[None]:
         raise InputError(f"cannot load {what}", where=where, got=got, fix=_fix(Path(str(where)), error)) from error
 
 
-def require_same_tokens(tokenizer: Any, adapter: Path | None) -> None:
+def _require_same_tokens(tokenizer: Any, adapter: Path) -> None:
     """Raise InputError for an adapter that was trained with tokens that its base's `tokenizer` does not have."""
     from transformers import AutoTokenizer
 
-    if adapter is None or not (adapter / "tokenizer_config.json").is_file():
+    if not (adapter / "tokenizer_config.json").is_file():
         return
     with loading("the adapter's tokenizer", adapter):
         theirs = AutoTokenizer.from_pretrained(adapter).get_vocab()

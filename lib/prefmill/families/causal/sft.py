@@ -56,8 +56,8 @@ def train_sft(
     for over-long rows unless they are to be dropped.
     """
     options = config.model_dump(include=ORIGIN)
-    tokenizer = load_tokenizer(model_name, template=turns, today=task.began_on, **options)
-    check_start(model_name, tokenizer, config)
+    tokenizer = load_tokenizer(model_name, template=turns, today=task.began_on, adapter=config.lora_start, **options)
+    check_start(model_name, config)
     reader = open_reader(model_name, tokenizer, turns, **options)
     parts = [load_chats(path, tokenizer, config, task, turns, reader) for path in (train, val) if path is not None]
     chats = Chats(

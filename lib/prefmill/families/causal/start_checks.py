@@ -8,45 +8,31 @@ from itertools import chain
 from typing import Any
 
 import torch
-import transformers
-from transformers import GenerationMixin, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
-from prefmill.core.errors import ConfigError, InputError
-from prefmill.families.causal.loading import load_config, require_same_tokens
+from prefmill.core.errors import ConfigError
+from prefmill.families.causal.loading import load_config
 from prefmill.families.causal.positions import position_border
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.vision_parts import auto_class
-from prefmill.families.causal.whole import require_embedded
+from prefmill.families.causal.whole import require_embedded, require_writer, without_head
 from prefmill.training.config import TrainingConfig
 
 _log = logging.getLogger(__name__)
 
 
-def check_start(name: str, tokenizer: PreTrainedTokenizerBase, config: TrainingConfig) -> None:
+def check_start(name: str, config: TrainingConfig) -> None:
     """Raise InputError for a model that does not write, and for weights that are not trained.
 
     ConfigError for an attention that the model does not take.
     """
     found = load_config(name, config.revision, config.trust_remote_code)
-    _require_writer(name, found)
+    require_writer(name, found)
+    for said in without_head(found):
+        _log.warning("%s says that it is %s, without a head of its own: is it an embedding model?", name, said)
     require_trainable(name, found, config.quantization)
-    require_same_tokens(tokenizer, config.lora.start if config.lora else None)
     if config.attn_implementation is not None:
         _try_attention(name, found, config)
-
-
-def _require_writer(name: str, found: Any) -> None:
-    """Raise InputError for a classifier or reward model, whose head would be replaced by the embeddings where tied."""
-    for said in found.architectures or ():
-        known = getattr(transformers, said, None)  # code of its own goes by names of its own
-        if known is None or issubclass(known, GenerationMixin):
-            continue
-        if "For" in said:
-            raise InputError(
-                "this checkpoint is no model that writes text", where=name, got=said, expected="a language model",
-                fix="give the language model that it was made from",
-            )  # fmt: skip
-        _log.warning("%s says that it is %s, without a head of its own: is it an embedding model?", name, said)
 
 
 def check_tokens(

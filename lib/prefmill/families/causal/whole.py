@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from safetensors import safe_open
 
 from prefmill.core.errors import InputError
@@ -53,6 +54,22 @@ def require_one_of_each(folder: Path) -> None:
                         "two of the model's files hold different numbers for one weight", where=folder, got=key,
                         expected="a weight in one file", fix="download the model again, into an empty folder",
                     )  # fmt: skip
+
+
+def require_writer(name: str, config: Any) -> None:
+    """Raise InputError for a classifier or reward model, whose head would be replaced by the embeddings where tied."""
+    if other := [said for said in without_head(config) if "For" in said]:
+        raise InputError(
+            "this checkpoint is no model that writes text", where=name, got=other[0], expected="a language model",
+            fix="give the language model that it was made from",
+        )  # fmt: skip
+
+
+def without_head(config: Any) -> list[str]:
+    """The classes of transformers that a configuration names as its model's and that write no text."""
+    known = ((said, getattr(transformers, said, None)) for said in config.architectures or ())
+    # Code of its own goes by names of its own.
+    return [said for said, kind in known if kind is not None and not issubclass(kind, transformers.GenerationMixin)]
 
 
 def require_vocabulary(tokenizer: Any, name: str) -> None:

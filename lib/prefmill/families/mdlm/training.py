@@ -18,7 +18,7 @@ from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.scoring import inner_model
 from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_fsdp
-from prefmill.families.causal.loading import LOADING, ORIGIN, require_same_tokens
+from prefmill.families.causal.loading import LOADING, ORIGIN
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.whole import require_embedded
 from prefmill.families.mdlm.as_published import READING
@@ -98,10 +98,11 @@ class FollowOnResume(TrainerCallback):
 def opened(config: ConfigT, task: Task, start: str) -> tuple[ConfigT, PreTrainedTokenizerBase]:
     """The configuration as it runs here, its `block_length` by the model, and the tokenizer of `start`."""
     options = config.model_dump(include=ORIGIN)
-    tokenizer = load_diffusion_tokenizer(start, template=config, today=task.began_on, **options)
+    tokenizer = load_diffusion_tokenizer(
+        start, template=config, today=task.began_on, adapter=config.lora_start, **options
+    )
     published = read_config(start, config.revision, config.trust_remote_code)
     require_trainable(start, published, config.quantization)
-    require_same_tokens(tokenizer, config.lora.start if config.lora else None)
     blocks = block_length_of(published, config.block_length, config.attn_implementation)
     return recomputed_by_layer(config.model_copy(update={"block_length": blocks})), tokenizer
 

@@ -114,7 +114,7 @@ def test_weights_are_read_whatever_dtype_is_stated(tmp_path: Path, dtype: object
     configure(save_tiny_qwen2(tmp_path), dtype=dtype)
     given = {"model_name_or_path": str(tmp_path), "dataset_file": "pairs.jsonl", "learning_rate": 1e-6}
     config = validate(DpoConfig, {**given, "attn_implementation": "eager"})
-    check_start(str(tmp_path), load_tokenizer(str(tmp_path)), config)
+    check_start(str(tmp_path), config)
     assert choose_layout(validate(DpoConfig, given), str(tmp_path))[0].layout == "group"
     assert load_model(str(tmp_path), precision="bf16").dtype == torch.bfloat16
 
@@ -180,11 +180,26 @@ def test_a_file_of_a_folder_that_makes_no_sense_is_named(
         read_all(tmp_path)
 
 
-def test_a_template_that_processors_alone_look_for_is_read(tmp_path: Path) -> None:
-    template = save_tiny_qwen2(tmp_path) / "chat_template.jinja"
-    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
-    template.unlink()
-    assert load_tokenizer(str(tmp_path)).chat_template == TEMPLATE
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ({"chat_template": TEMPLATE}, TEMPLATE),
+        (
+            {"chat_template": [{"name": "default", "template": TEMPLATE}, {"name": "rag", "template": "{{ 1 }}"}]},
+            {"default": TEMPLATE, "rag": "{{ 1 }}"},
+        ),
+        ({"chat_template": [TEMPLATE]}, None),
+        ([{"name": "default", "template": TEMPLATE}], None),
+    ],
+)  # fmt: skip
+def test_a_template_that_processors_alone_look_for_is_read(said: object, read: object, tmp_path: Path) -> None:
+    (save_tiny_qwen2(tmp_path) / "chat_template.jinja").unlink()
+    (tmp_path / "chat_template.json").write_text(json.dumps(said))
+    if read is not None:
+        assert load_tokenizer(str(tmp_path)).chat_template == read
+        return
+    with pytest.raises(InputError, match=r"cannot load chat_template\.json(.|\n)*no chat_template that can be read"):
+        load_tokenizer(str(tmp_path))
 
 
 def test_an_attention_that_is_not_there_is_no_fault_of_the_folder(tmp_path: Path) -> None:
