@@ -16,6 +16,7 @@ from filelock import FileLock
 
 DEMO = "prefmill run configs/pipelines/demo.yaml"
 MDLM = "prefmill run configs/pipelines/mdlm.yaml"
+IMAGES = "make all"
 REPOSITORY = Path(__file__).resolve().parents[1]
 _OUTPUTS = ("data", "checkpoints", "logs")
 _MADE = re.compile(r"\.venv|\..*_cache|\.hypothesis|__pycache__|build|site|.*\.egg-info")
@@ -40,6 +41,12 @@ def documented_demo(tmp_path_factory: pytest.TempPathFactory) -> DocumentedRun:
 def documented_mdlm(tmp_path_factory: pytest.TempPathFactory) -> DocumentedRun:
     """The pipeline of masked diffusion."""
     return _run_once(tmp_path_factory, MDLM)
+
+
+@pytest.fixture(scope="session")
+def documented_images(tmp_path_factory: pytest.TempPathFactory) -> DocumentedRun:
+    """The README's image pipeline."""
+    return _run_once(tmp_path_factory, IMAGES)
 
 
 def _run_once(tmp_path_factory: pytest.TempPathFactory, command: str) -> DocumentedRun:

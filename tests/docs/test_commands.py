@@ -14,12 +14,12 @@ from prefmill.cli.main import EXAMPLES
 from prefmill.core.stage import load_stage
 from prefmill.reviews.generated import generate
 from tests.conftest import REPOSITORY
-from tests.documented_runs import DEMO, MDLM, DocumentedRun, shell
+from tests.documented_runs import DEMO, IMAGES, MDLM, DocumentedRun, shell
 from tests.e2e.pipeline_runs import SMALL
 
 PAGES = [REPOSITORY / "README.md", *sorted(REPOSITORY.glob("docs/**/*.md"))]
 RUN_BY_CI = ("make demo", "make test")  # the two set-up commands: the first is measured, the second runs this
-RUN_ONCE = {DEMO: "documented_demo", MDLM: "documented_mdlm"}  # for other tests too
+RUN_ONCE = {DEMO: "documented_demo", MDLM: "documented_mdlm", IMAGES: "documented_images"}  # for other tests too
 ENDLESS = (  # ended after a second: what counts is that it starts
     "tail -f",
     "python -m stages.rate_images configs/rate_images/own_images.yaml run=",  # waits for people

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +13,11 @@ from photo_pairs import write_photo_ratings
 from reward_artifacts import make_clip, make_reward, run_stage
 from training_artifacts import publish_as
 
+from prefmill.cli.main import main
 from prefmill.core.artifact import Artifact
 from prefmill.store.artifacts import read_manifest
 from prefmill.store.jsonl import read_jsonl
-from tests.conftest import REPOSITORY
+from tests.documented_runs import DocumentedRun
 
 pytestmark = pytest.mark.slow
 STAGES = {
@@ -39,23 +37,10 @@ def photos(shared_data: Path) -> dict[str, tuple[Path, str]]:
 
 
 @pytest.fixture(scope="module")
-def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A finished run of what `make all` runs."""
-    folder = tmp_path_factory.mktemp("images")
-    arguments = ["configs/pipelines/images.yaml", f"workspace={folder}"]
-    done = prefmill("run", *arguments)
-    assert done.returncode == 0, done.stdout + done.stderr
-    (folder / "printed.txt").write_text(done.stdout)
-    (folder / "plan.txt").write_text(prefmill("plan", *arguments).stdout)
-    return folder
-
-
-def prefmill(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "prefmill.cli.main", *arguments], cwd=REPOSITORY,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
+def workspace(documented_images: DocumentedRun) -> Path:
+    """A finished run of `make all`."""
+    assert documented_images.returncode == 0, documented_images.printed
+    return documented_images.checkout
 
 
 def artifact(workspace: Path, stage: str, name: str = "all") -> Artifact:
@@ -65,10 +50,11 @@ def artifact(workspace: Path, stage: str, name: str = "all") -> Artifact:
     return Artifact(path.parent, manifest)
 
 
-def test_every_stage_is_done_and_a_second_run_does_nothing(workspace: Path) -> None:
+def test_every_stage_is_done_and_a_second_run_does_nothing(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
     found = {stage: len(list(workspace.glob(f"*/images/{stage}/*/manifest.json"))) for stage in STAGES}
     assert found == STAGES
-    assert (workspace / "plan.txt").read_text().count("  complete  ") == sum(STAGES.values())
+    assert main(["plan", str(workspace / "configs/pipelines/images.yaml"), f"workspace={workspace}"]) == 0
+    assert capsys.readouterr().out.count("  complete  ") == sum(STAGES.values())
 
 
 def test_the_two_halves_and_the_held_out_prompts_stay_apart(workspace: Path) -> None:
@@ -92,7 +78,9 @@ def test_the_two_halves_and_the_held_out_prompts_stay_apart(workspace: Path) -> 
     assert not metrics["scorer_shares_training_prompts"]
 
 
-def test_the_tuned_model_wins_and_the_control_stays_at_chance(workspace: Path) -> None:
+def test_the_tuned_model_wins_and_the_control_stays_at_chance(
+    workspace: Path, documented_images: DocumentedRun
+) -> None:
     """Held-out prompts, a judge that took no part: above 1/2 with its interval; with shuffled labels about 1/2."""
     told = {}
     for labels in ("rated", "shuffled"):
@@ -104,7 +92,7 @@ def test_the_tuned_model_wins_and_the_control_stays_at_chance(workspace: Path) -
     # 76 independent comparisons is 0.057.
     assert abs(told["shuffled"]["value"] - 0.5) < 0.057, told
     assert told["shuffled"]["high"] < told["rated"]["low"], told
-    assert "The tuned model is preferred to the base" in (workspace / "printed.txt").read_text()
+    assert "The tuned model is preferred to the base" in documented_images.printed
 
 
 def test_photographs_are_preferred_to_their_degraded_copies(
