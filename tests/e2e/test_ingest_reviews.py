@@ -26,7 +26,7 @@ def test_reviews_apart_from_their_papers_are_of_these_venues(tmp_path: Path) -> 
     papers = [{"paper_id": key, "title": f"Title {key}", "venue": venue} for key, venue in named.items()]
     said = 'It says "venue":"" there.'
     reviews = [{"paper_id": key, "review_id": f"r-{key}", "review_text": said, "rating": 5} for key in named]
-    own = {"paper_id": "p1", "review_id": "own", "review_text": said, "rating": 5, "venue": "Its own"}
+    own = {"paper_id": "p1", "review_id": "own", "review_text": said, "rating": 6, "venue": "Its own"}
     paths = jsonl(tmp_path / "papers.jsonl", *papers), jsonl(tmp_path / "reviews.jsonl", *reviews, own)
     corpus = ingest(tmp_path, sources=[{"format": "jsonl", "path": path} for path in paths])
     found = rows(corpus, "reviews.jsonl")

@@ -76,8 +76,7 @@ def link(store: CorpusStore, rejects: Rejects, tally: IngestTally) -> None:
     # Before titles are merged: a merged paper has the smallest id, which must not be that of a dropped paper.
     tally.unreviewed = store.drop_unreviewed()
     tally.merged = store.merge_titles()
-    tally.apart, tally.repeated = store.num_apart, store.num_repeated
-    tally.older, tally.deleted = store.num_older, store.num_deleted
+    tally.apart, tally.older, tally.deleted = store.num_apart, store.num_older, store.num_deleted
 
 
 def write_corpus(
@@ -136,6 +135,7 @@ def write_corpus(
     if rejects.config.on_bad_row == "quarantine":
         # Last, as documents that cannot be read are found while the papers are written.
         _write_quarantine(store, reader.output / "quarantine.jsonl")
+    tally.repeated = store.num_repeated
     for warning in tally.warnings():
         _log.warning("%s", warning)
     summary = _summary(tally, papers.num_rows, reviews.num_rows, store.count("problems"))

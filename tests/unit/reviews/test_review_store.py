@@ -31,7 +31,9 @@ def at(line: int, file: str = "/data/a.jsonl") -> Place:
 
 
 def review(identifier: str, paper_id: str, **values: Any) -> ReviewRow:
-    return ReviewRow(identifier, paper_id, values.pop("text", f"Good {identifier}."), 6.0, **values)
+    return ReviewRow(
+        identifier, paper_id, values.pop("text", f"Good {identifier}."), values.pop("rating", 6.0), **values
+    )
 
 
 def written(row: ReviewRow) -> dict[str, Any]:
@@ -265,15 +267,18 @@ def test_a_venue_is_known_by_its_year_and_acronym(one: str, two: str, expected: 
 
 
 def test_a_review_that_two_dumps_name_differently_counts_once(store: CorpusStore) -> None:
-    """Each pair of such a paper was trained four times."""
-    for paper_id in ("a", "z"):
-        store.add(at(1), PaperRow(paper_id, "Deep Nets"))
+    """Each pair of such a paper was trained four times, and still was where both name the paper alike."""
+    for name, paper_id in (("a", "a"), ("z", "z"), ("m", "m"), ("n", "m")):
+        store.add(at(1), PaperRow(paper_id, "Other Nets" if paper_id == "m" else "Deep Nets"))
         for number in (1, 2):
-            store.add(at(1), review(f"{paper_id}{number}", paper_id, text=f"Review {number}."))
+            store.add(at(1), review(f"{name}{number}", paper_id, text=f'Review "{number}".'))
+    others = {"rating": {"rating": 7.0}, "words": {"text": 'Review "1"."text":'}, "both": {"confidence": 2.0}}
+    for name, fields in others.items():
+        store.add(at(2), review(name, "m", **{"text": 'Review "1".', **fields}))
     assert list(store.link()) == []
     store.merge_titles()
-    assert contents(store) == {"a": ["a1", "a2"]}
-    assert store.num_repeated == 2
+    assert contents(store) == {"a": ["a1", "a2"], "m": ["both", "m2", "rating", "words"]}
+    assert store.num_repeated == 5
 
 
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), max_size=25))
