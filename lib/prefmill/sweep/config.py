@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig, later, runtime
 
@@ -33,6 +34,17 @@ class SearchInterval(StrictConfig):
         return self
 
 
+def _kind(item: Any) -> str:
+    """Which of the two is meant: pydantic would list the faults of both, by names of its own."""
+    has_choices = isinstance(item, Choices) or (isinstance(item, Mapping) and "choices" in item)
+    return "choices" if has_choices else "interval"
+
+
+SpaceItem = Annotated[
+    Annotated[Choices, Tag("choices")] | Annotated[SearchInterval, Tag("interval")], Discriminator(_kind)
+]
+
+
 class TrialJudge(StrictConfig):
     """A stage that runs on every trial's output, given to it as `input`; the metric is then one of its own."""
 
@@ -48,9 +60,7 @@ class StudyConfig(StrictConfig):
     stage: str = Field(min_length=1, description="the training stage that every trial runs")
     config: ExternalPath | None = Field(None, description="its configuration file")
     set: dict[str, Any] = Field({}, description="keys laid over that file")
-    space: dict[str, Choices | SearchInterval] = Field(
-        min_length=1, description="what a trial draws, by the stage's key"
-    )
+    space: dict[str, SpaceItem] = Field(min_length=1, description="what a trial draws, by the stage's key")
     metric: str = Field(min_length=1, description="of the finished stage, or of the judge: what is to be best")
     direction: Literal["maximize", "minimize"] = Field("maximize", description="which way is best")
     judge: TrialJudge | None = Field(None, description="a stage that evaluates what a trial trained")

@@ -208,13 +208,17 @@ def _finish(study: optuna.Study, config: StudyConfig, task: Task, draw: Draw) ->
     told = (
         f"Best of {len(complete)} trials: {config.metric} = {best['value']:.4f} with {shown} (trial {best['number']})."
     )
+    failed = sum(row["state"] == "fail" for row in rows)
     return {
         "trials": len(rows),
         "complete": len(complete),
-        "failed": sum(row["state"] == "fail" for row in rows),
+        "failed": failed,
         "pruned": sum(row["state"] == "pruned" for row in rows),
         "best_value": best["value"],
         "best_trial": best["number"],
         "best_params": best["params"],
-        "conclusion": [told],
+        "conclusion": [
+            told,
+            *([f"{failed} of {len(rows)} trials failed: their `reason` is in {TRIALS}."] if failed else []),
+        ],
     }

@@ -35,6 +35,7 @@ def test_trials_that_diverge_are_failed_trials_and_end_no_study(
     use(monkeypatch, diverges, numbers)
     told = go(tmp_path, n_trials=6)
     assert (told["complete"], told["failed"], told["best_trial"] >= 4) == (2, 4, True)
+    assert told["conclusion"][1:] == ["4 of 6 trials failed: their `reason` is in trials.jsonl."]
     rows = list(read_jsonl(next(tmp_path.rglob(TRIALS))))
     assert all("is no finite number" in row["reason"] and row["diverged"] for row in rows[:4])
     assert all("reason" not in row for row in rows[4:])
@@ -117,3 +118,22 @@ def test_a_line_of_the_journal_that_is_no_entry_is_named(tmp_path: Path, ran: li
     journal.write_bytes(b"not an entry\n" + journal.read_bytes())
     with pytest.raises(PipelineError, match=r"no entry[\s\S]*journal\.log:1[\s\S]*not an entry"):
         go(tmp_path, n_trials=2)
+
+
+@pytest.mark.parametrize(
+    ("item", "said"),
+    [
+        ({"type": "float", "low": 1e-5, "high": 1e-3}, ["interval.type: unknown key; valid keys: "]),
+        ({"min": 0.1, "max": 0.5}, ["interval.low: required", "interval.min: unknown key"]),
+        ({"choices": [1], "log": True}, ["choices.choices = [1]", "choices.log: unknown key"]),
+        (0.1, ["interval = 0.1: Input should be keys with values"]),
+    ],
+)
+def test_what_is_wrong_with_a_space_is_told_of_what_is_meant(item: object, said: list[str]) -> None:
+    """Optuna's and W&B's ways: the faults of both kinds were listed, under the names of pydantic's functions."""
+    with pytest.raises(ConfigError) as caught:
+        validate(StudyConfig, {"stage": "dpo", "metric": "val_f1", "space": {"learning_rate": item}})
+    lines = [line for line in str(caught.value).splitlines() if "space." in line]
+    assert len(lines) <= 4
+    assert not any("function-after" in line for line in lines)
+    assert all(any(f"space.learning_rate.{part}" in line for line in lines) for part in said), lines
