@@ -173,6 +173,13 @@ def test_a_scale_that_ends_earlier_and_html_are_told(tmp_path: Path, caplog: pyt
     assert summary(ingest(tmp_path / "two", sources=[right]))["warnings"] == []
 
 
+def test_texts_that_a_sheet_has_cut_are_told(tmp_path: Path) -> None:
+    """Of 32,767 characters, the most that a cell holds: their rest was lost without a word."""
+    path = jsonl(tmp_path / "x.jsonl", row(1, review_text="x" * 32_767), row(2, text="y" * 32_767), row(3))
+    (told,) = summary(ingest(tmp_path / "one", sources=[{"format": "jsonl", "path": path}]))["warnings"]
+    assert told.startswith("2 texts end at 32,767 characters, where sheets cut a cell")
+
+
 def test_a_scale_that_changed_with_the_year_and_one_upside_down_are_told(tmp_path: Path) -> None:
     """Each was read as it stood: six of six as six of ten, and the best rating as the worst."""
     years = [row(n, rating=1 + n % size, venue=f"V {size}") for size in (6, 10) for n in range(size * 100, size * 104)]

@@ -40,6 +40,7 @@ from prefmill.store.jsonl import JsonlWriter, encode_checked
 from prefmill.store.missing import Progress
 
 _SHOWN_UNKNOWN = 100
+_SHEETS_CELL = 32_767  # characters, by which sheets and what writes them cut a cell without a word
 _ROWS_A_LOOK = 64  # at the clock, for the progress
 _STORED = (PaperRow, ReviewRow, DecisionRow, DeletedRow)
 _log = logging.getLogger(__name__)
@@ -171,6 +172,7 @@ def _take(
                 store.add(read.place, item)
                 if isinstance(item, ReviewRow) and holds_html(item.text):
                     tally.html += 1
+                tally.cut += isinstance(item, (PaperRow, ReviewRow)) and len(item.text) == _SHEETS_CELL
             elif isinstance(item, Skipped):
                 counts[f"skipped: {item.kind}"] += 1
             else:

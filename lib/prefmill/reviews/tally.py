@@ -42,6 +42,7 @@ class IngestTally:
     unknown: Counter[str] = field(default_factory=Counter)
     left_out: int = 0
     html: int = 0
+    cut: int = 0
 
     def warnings(self) -> list[str]:
         """What someone who reads the numbers must know, a sentence each."""
@@ -57,6 +58,7 @@ class IngestTally:
             f"{_first_of(self.orphans)}": self.orphans,
             f"{self.html} reviews hold HTML, such as <br /> or &amp;, which models would learn: set html: true "
             "in their source to read it as text": self.html,
+            f"{self.cut} texts end at 32,767 characters, where sheets cut a cell: export them without one": self.cut,
             _first_of(doubts := [*self._turned_words(), *self._turned_scales(), *self._low_scales()], "; "): doubts,
             f"{len(self.merged)} papers were merged into others with the same title": self.merged,
             f"{self.apart} papers have the title of another that was accepted or rejected where they were not, or has "
