@@ -1,4 +1,4 @@
-"""Ctrl-C and kill on this machine: a training saves and goes on there, at most one step twice; so does the clock."""
+"""Ctrl-C, kill and a closed terminal: a training saves and goes on there, at most one step twice; so does the clock."""
 
 from __future__ import annotations
 
@@ -50,20 +50,23 @@ def start(pipeline: Path, run: str, *more: str, on_sigint: signal.Handlers = sig
     return subprocess.Popen(
         command("run", pipeline, f"run={run}", *more), env=environment(), stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, on_sigint),
+        preexec_fn=lambda: (signal.signal(signal.SIGINT, on_sigint), signal.signal(signal.SIGHUP, signal.SIG_DFL)),
     )  # fmt: skip
 
 
-def interrupt(pipeline: Path, run: str, number: signal.Signals, at_step: int) -> tuple[int, str]:
+def interrupt(pipeline: Path, run: str, number: signal.Signals, at_step: int, *more: str) -> tuple[int, str]:
     """Start the run and send the signal to all of its processes, as a terminal does, after `at_step` steps."""
-    started = start(pipeline, run)
+    started = start(pipeline, run, *more)
     while len(executed(pipeline.parent, run)) < at_step:
         assert started.poll() is None, started.communicate()[0]
         time.sleep(0.02)
-    if number == signal.SIGINT:
-        os.killpg(started.pid, number)
-    else:
+    if number == signal.SIGTERM:
         started.send_signal(number)
+    else:
+        os.killpg(started.pid, number)
+    if number == signal.SIGHUP:
+        time.sleep(0.1)
+        os.killpg(started.pid, number)  # by the kernel and by the shell
     printed, _ = started.communicate(timeout=120)
     return started.returncode, printed
 
@@ -74,8 +77,8 @@ def test_an_interrupted_training_saves_and_repeats_at_most_one_step(pipeline: Pa
     kept = (pipeline.parent / "checkpoints" / "calm" / "sft" / "all").glob("checkpoint-*")
     by_the_clock = sorted(int(path.name.removeprefix("checkpoint-")) for path in kept)
     assert by_the_clock == [STEPS - 20, STEPS]  # where a loss is logged; two are kept
-    for number, at_step in ((signal.SIGINT, 7), (signal.SIGTERM, len(executed(pipeline.parent, "cut")) + 23)):
-        code, printed = interrupt(pipeline, "cut", number, at_step)
+    for number, further in ((signal.SIGINT, 7), (signal.SIGTERM, 23), (signal.SIGHUP, 23)):
+        code, printed = interrupt(pipeline, "cut", number, len(executed(pipeline.parent, "cut")) + further)
         assert code == 130, printed
         assert "sft:all saved and stopped at step" in printed
         status = prefmill("status", "cut", "--workspace", pipeline.parent).stdout
@@ -85,10 +88,20 @@ def test_an_interrupted_training_saves_and_repeats_at_most_one_step(pipeline: Pa
     assert done.returncode == 0, done.stdout + done.stderr
     steps = Counter(executed(pipeline.parent, "cut"))
     assert set(steps) == set(range(1, STEPS + 1))
-    assert sum(steps.values()) <= STEPS + 2, "two interruptions, one step each"
+    assert sum(steps.values()) <= STEPS + 3, "three interruptions, one step each"
     assert max(steps.values()) <= 2
     made = [read(pipeline.parent / "checkpoints" / run / "sft" / "all") for run in ("calm", "cut")]
     assert made[0].manifest.content_digest == made[1].manifest.content_digest
+
+
+def test_several_ranks_that_were_interrupted_say_what_is_saved(pipeline: Path) -> None:
+    keys = ["stages.sft.processes=2", "sft.per_device_train_batch_size=2"]
+    code, printed = interrupt(pipeline, "ranks", signal.SIGINT, 7, *keys)
+    assert code == 130, printed
+    assert "saved and stopped at step" in printed, printed
+    status = prefmill("status", "ranks", "--workspace", pipeline.parent).stdout
+    assert "interrupted" in status
+    assert "run again to resume" in status
 
 
 @pytest.mark.parametrize("seed", [1, 2])

@@ -52,12 +52,13 @@ def test_requeued_by_hand(site: Site) -> None:
     check_steps(site, "again")
 
 
-def test_held_while_it_runs_and_released(site: Site) -> None:
+@pytest.mark.parametrize("by_name", [[], ["state=SpecialExit"]], ids=["held", "held by a name"])
+def test_held_while_it_runs_and_released(site: Site, by_name: list[str]) -> None:
     train(site, "held", SLOWLY)
     site.wait(reached(site, "held", 7))
     name = element(site, "held")
-    assert site.cluster.ask("scontrol", "requeuehold", name) is not None
-    site.wait(lambda: any(name in line and "PENDING" in line for line in site.queue()))
+    assert site.cluster.ask("scontrol", "requeuehold", *by_name, name) is not None
+    site.wait(lambda: any(name in line and ("PENDING" in line or "SPECIAL_EXIT" in line) for line in site.queue()))
     assert "held" in (said := about(site, "status", "held")), said
     assert f"scontrol release {name}" in said, said
     said = about(site, "advance", "held")
@@ -66,6 +67,19 @@ def test_held_while_it_runs_and_released(site: Site) -> None:
     go_on(site, name)
     site.wait(complete(site, "held"), seconds=180)
     check_steps(site, "held")
+
+
+def test_suspended_and_resumed(site: Site) -> None:
+    train(site, "suspended", SLOWLY)
+    site.wait(reached(site, "suspended", 7))
+    name = element(site, "suspended")
+    assert site.cluster.ask("scontrol", "suspend", name) is not None
+    assert "train:all  suspended  " in (said := about(site, "status", "suspended")), said
+    assert f"`scontrol resume {name}`" in said
+    assert "s left" not in said
+    assert site.cluster.ask("scontrol", "resume", name) is not None
+    site.wait(complete(site, "suspended"), seconds=180)
+    check_steps(site, "suspended", interruptions=0)
 
 
 def test_a_signal_to_the_steps_alone_disturbs_nothing(site: Site) -> None:

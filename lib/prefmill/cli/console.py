@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from prefmill.core.errors import PrefmillError, explained
-from prefmill.core.terminal import paint
+from prefmill.core.terminal import paint, print_nowhere
 
 _COLOURS = {"+": "green", "x": "red", ">": "bold", "=": "dim", ".": "dim", "-": "yellow", "!": "yellow"}
 _ROUTINE = "+>=."  # first signs of lines that a quiet run leaves out
@@ -58,7 +58,7 @@ def guarded(command: Callable[[], int]) -> int:
         return 2
     except BrokenPipeError:  # `prefmill status | head`: the reader has seen enough
         # Python flushes stdout once more when it ends, which would raise this error again.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print_nowhere(sys.stdout.fileno())
         return 128 + signal.SIGPIPE  # as the shell reports it: a run that was cut off is no success
     except KeyboardInterrupt:
         print("interrupted; run again to resume", file=sys.stderr)

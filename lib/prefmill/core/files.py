@@ -177,13 +177,13 @@ def copy_once(source: Path, target: Path, may_link: bool) -> None:
         shutil.copyfileobj(given, stream, _BUFFER_BYTES)
 
 
-def read_record(path: Path) -> dict[str, Any]:
-    """The JSON object in a file that is written whole; empty where there is none that can be read."""
+def read_record(path: Path, **keys: type) -> dict[str, Any]:
+    """The JSON object in a file that is written whole; empty where there is none that can be read and has `keys`."""
     try:
         record = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
-    return record if isinstance(record, dict) else {}
+    return record if isinstance(record, dict) and not lacking(record, keys) else {}
 
 
 def append_row(path: Path, *rows: Mapping[str, Any]) -> None:

@@ -10,8 +10,15 @@ Say = Callable[[str], None]  # shows a line
 _CODES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33}
 STATES = {
     "complete": "green", "running": "bold", "failed": "red", "killed": "red", "stopped": "red", "stale": "yellow",
-    "damaged": "red", "blocked": "yellow", "interrupted": "yellow", "incomplete": "yellow",
+    "damaged": "red", "blocked": "yellow", "suspended": "yellow", "interrupted": "yellow", "incomplete": "yellow",
 }  # fmt: skip
+
+
+def print_nowhere(descriptor: int) -> None:
+    """Have what is printed there lost from now on: whoever read it has gone, and each line would be an error."""
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, descriptor)
+    os.close(null)
 
 
 def has_colours() -> bool:

@@ -25,7 +25,7 @@ def arguments(environment: Mapping[str, str], nodes: int, processes: int) -> lis
     return [
         f"--nnodes={nodes}", f"--node-rank={place}", f"--nproc-per-node={processes}",
         f"--master-addr={host}", f"--master-port={_FIRST_PORT + number % _NUM_PORTS}", "--max-restarts=0",
-        "--signals-to-handle=SIGINT,SIGHUP",  # SIGTERM is the parent's business: it has the ranks save
+        "--signals-to-handle=SIGQUIT",  # the others are the parent's business: it has the ranks save
     ]  # fmt: skip
 
 

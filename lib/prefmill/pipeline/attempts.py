@@ -61,6 +61,12 @@ def read_attempts(logs: Path) -> list[dict[str, Any]]:
     return read_appended(logs / ATTEMPTS, started=Real, outcome=str, progressed=bool)
 
 
+def read_progress(logs: Path) -> dict[str, Any]:
+    """How far a task said that it is; empty where it did not, or what is there is no such record."""
+    record = read_record(logs / PROGRESS, done=int, unit=str, time=Real)
+    return record if isinstance(record.get("total"), int | None) else {}
+
+
 def idle_attempts(logs: Path) -> int:
     """How many attempts in a row have ended early without getting further than the ones before."""
     count = 0
@@ -102,7 +108,7 @@ def _steps(logs: Path) -> list[int]:
 
 
 def _done(logs: Path) -> int:
-    return int(read_record(logs / PROGRESS).get("done", 0))
+    return int(read_progress(logs).get("done", 0))
 
 
 def _last_sign(logs: Path, default: float) -> float:

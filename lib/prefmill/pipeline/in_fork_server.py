@@ -11,5 +11,7 @@ gc.disable()
 # Not where it is ignored, as in a script's background: prefmill goes on then, and needs it.
 if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-# It was started with Ctrl-C blocked: one that came until here is answered now.
-signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+# A terminal that is closed lets tasks save, which end with this process.
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+# It was started with both blocked: one that came until here is answered now.
+signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGHUP})

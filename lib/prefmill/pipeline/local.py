@@ -19,10 +19,8 @@ from typing import Any
 from prefmill.core.disk import refusal
 from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error, explained
 from prefmill.core.graceful_stop import Stopped, request_stop
-from prefmill.core.stage import Metrics, Task
 from prefmill.core.terminal import Say
 from prefmill.distributed.isolation import end_with_parent, keep_socket_paths_short
-from prefmill.distributed.limits import ProcessLimits
 from prefmill.pipeline.interruption import interrupted_by_term, start_fork_server, wait_for_all
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.progress_display import Bar
@@ -30,7 +28,7 @@ from prefmill.pipeline.run_record import point_latest, write_plan
 from prefmill.pipeline.sharing import TAKEN, share
 from prefmill.pipeline.slots import Slots
 from prefmill.pipeline.state import TaskState, inspect_task
-from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher, run_elsewhere
+from prefmill.pipeline.subprocess_runner import run_ranks
 from prefmill.pipeline.task_status import INTERRUPTED, at_work, in_short, is_running, read_status, write_status
 from prefmill.pipeline.worker import (
     EXIT_BUG,
@@ -273,19 +271,12 @@ def _child(task: PlannedTask, force: bool, place: dict[str, str], ranks: int) ->
         with explained(task.output):
             print_into_log(task)
         os.environ.update(place)
-        execute(task, force, run=partial(_run_ranks, task, ranks) if ranks > 1 else None)
+        execute(task, force, run=partial(run_ranks, task, ranks) if ranks > 1 else None)
     except PrefmillError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except Stopped:
         sys.exit(EXIT_INTERRUPTED)
-
-
-def _run_ranks(task: PlannedTask, ranks: int, context: Task) -> Metrics:
-    """The stage's work by torchrun, as in a Slurm job; a command that is interrupted lets it save first."""
-    warnings = SignalWatcher(0.0)
-    warnings.listen()
-    return run_elsewhere(task, context, Layout(1, ranks, ProcessLimits().cpus()), warnings, {})
 
 
 def _end_with_command() -> None:

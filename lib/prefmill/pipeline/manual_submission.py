@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import time
@@ -21,6 +22,7 @@ from prefmill.store.artifacts import read_manifest
 _OWN_KEYS = ("run=", "workspace=", "mount_dir=", "task=", "array.", "inputs.", "processes=", "share=")
 _DEFAULT_PIPELINE = Path("configs/pipelines/train.yaml")
 _UPDATE_TRIES = 40
+_SLURM_SECONDS = 120
 
 
 def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> tuple[Plan, str | None]:
@@ -121,15 +123,21 @@ def give_back_until_ready(me: str, waits_for: Sequence[str]) -> None:
     print(f"prefmill: {me} waits for {', '.join(waits_for)}", flush=True)
     # Slurm's TERM reaches every process of the job; unlike a handler, this is inherited by the commands below.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _scontrol("requeuehold", me)
+    # afterok and not afterany: without what those make, this element could only fail.
+    dependency = f"dependency=afterok:{':'.join(waits_for)}"
+    if refused := ask_slurm("scontrol", "requeuehold", me)[1]:
+        raise PipelineError(  # sbatch --no-requeue, or no scontrol in its container
+            "Slurm does not take this element back to wait", got=refused,
+            expected=f"{', '.join(waits_for)} to have ended", fix=f"submit it again with --{dependency}",
+        )  # fmt: skip
     for _ in range(_UPDATE_TRIES):  # accepted as soon as Slurm counts the job as pending again
-        # afterok and not afterany: without what those make, this element could only fail.
-        if _scontrol("update", f"jobid={me}", f"dependency=afterok:{':'.join(waits_for)}", check=False):
+        if not ask_slurm("scontrol", "update", f"jobid={me}", dependency)[1]:
             break
         time.sleep(0.1)
     else:
         raise PipelineError(f"{me} is held: Slurm did not take its dependency", fix=f"scontrol release {me}")
-    _scontrol("release", me)
+    if refused := ask_slurm("scontrol", "release", me)[1]:
+        raise PipelineError(f"{me} is held: Slurm does not release it", got=refused, fix=f"scontrol release {me}")
 
 
 def element(tasks: Sequence[PlannedTask], environment: Mapping[str, str]) -> PlannedTask:
@@ -172,8 +180,13 @@ def _indices_queued(job: str, environment: Mapping[str, str]) -> set[int]:
     # -r, as pending elements of an array otherwise share one row, whose %K is a range. SQUEUE_PARTITION and its like
     # come along from the shell that called sbatch, and would hide some.
     own = {key: value for key, value in environment.items() if not key.startswith("SQUEUE_")}
-    shown = subprocess.run(["squeue", "-h", "-r", "-j", job, "-o", "%K"], capture_output=True, text=True, env=own)
-    return {int(word) if word.isdigit() else -1 for word in shown.stdout.split()}
+    shown, refused = ask_slurm("squeue", "-h", "-r", "-j", job, "-o", "%K", environment=own)
+    if refused and "Invalid job id" not in refused:  # as of a job that has ended long ago
+        raise PipelineError(
+            "an input of this element is missing, and Slurm does not say whether it is being made", got=refused,
+            fix="submit this one again with --dependency=afterok:JOB of what makes it",
+        )  # fmt: skip
+    return {int(word) if word.isdigit() else -1 for word in shown.split()}
 
 
 def _job_of(task: PlannedTask) -> str | None:
@@ -183,8 +196,14 @@ def _job_of(task: PlannedTask) -> str | None:
     return in_array or job.get("job_id")
 
 
-def _scontrol(*arguments: str, check: bool = True) -> bool:
-    done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, timeout=60, check=False)
-    if check and done.returncode:
-        raise PipelineError(f"scontrol {arguments[0]} failed", got=done.stderr.strip(), fix="submit this element again")
-    return done.returncode == 0
+def ask_slurm(*command: str, environment: Mapping[str, str] | None = None) -> tuple[str, str]:
+    """What a command of Slurm prints, and why it failed, "" where it did not; a job's container may have none."""
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=_SLURM_SECONDS, check=False, env=environment
+        )
+    except OSError as error:
+        return "", f"{command[0]} cannot be run on {os.uname().nodename}: {error.strerror}"
+    except subprocess.TimeoutExpired:
+        return "", f"{command[0]} did not answer in {_SLURM_SECONDS} seconds"
+    return done.stdout, (done.stderr.strip() or f"exit code {done.returncode}") if done.returncode else ""

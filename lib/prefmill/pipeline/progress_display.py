@@ -9,9 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from prefmill.core.files import read_record
-from prefmill.core.places import PROGRESS
 from prefmill.core.terminal import Say
+from prefmill.pipeline.attempts import read_progress
 
 HEARTBEAT_SECONDS = 60.0
 
@@ -20,7 +19,7 @@ class Bar:
     """The progress of one task; a log file gets a heartbeat line in place of the bar."""
 
     def __init__(self, key: str, logs: Path, say: Say) -> None:
-        self._key, self._path, self._say = key, logs / PROGRESS, say
+        self._key, self._logs, self._say = key, logs, say
         # tqdm draws on stderr; in a file every redraw would be a line of its own.
         self._is_terminal = sys.stderr.isatty()
         self._bar: Any = tqdm(desc=key, leave=False, disable=not self._is_terminal)
@@ -31,7 +30,7 @@ class Bar:
         now = time.monotonic()
         if not self._is_terminal and now - self._told < HEARTBEAT_SECONDS:
             return
-        record = read_record(self._path)
+        record = read_progress(self._logs)
         if self._is_terminal and record:
             self._bar.total, self._bar.unit, self._bar.n = record["total"], f" {record['unit']}", record["done"]
             self._bar.refresh()

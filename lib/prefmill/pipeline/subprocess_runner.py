@@ -17,9 +17,10 @@ from typing import Any
 
 from prefmill.core.errors import AttemptError
 from prefmill.core.files import read_record
-from prefmill.core.graceful_stop import clear_request, request_stop
+from prefmill.core.graceful_stop import Stopped, clear_request, request_stop
 from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.launchers import RANK_VARIABLES
+from prefmill.distributed.limits import ProcessLimits
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.rank_entrypoint import FAILURE, RESULT, write_spec
 from prefmill.pipeline.task_status import in_short
@@ -109,6 +110,18 @@ def run_elsewhere(
     )  # fmt: skip
     code = _wait(process, warnings, context.logs, task.stage.trains)
     return _collect(folder, code, warnings, log, offset)
+
+
+def run_ranks(task: PlannedTask, ranks: int, context: Task) -> Metrics:
+    """The stage's work by torchrun on this machine; a command that is interrupted lets it save, and raises Stopped."""
+    warnings = SignalWatcher(0.0)
+    warnings.listen()
+    try:
+        return run_elsewhere(task, context, Layout(1, ranks, ProcessLimits().cpus()), warnings, {})
+    except AttemptError as error:
+        if error.state in (REQUEUED, TERMINATED):  # a job's states: here nobody starts it again
+            raise Stopped(error.what) from None
+        raise
 
 
 def allocator(environment: Mapping[str, str], trains: bool) -> dict[str, str]:

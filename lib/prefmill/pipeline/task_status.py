@@ -11,11 +11,12 @@ import re
 import socket
 import time
 from collections.abc import Iterator
+from numbers import Real
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from prefmill.core.errors import PipelineError
-from prefmill.core.files import read_record, write_json
+from prefmill.core.files import lacking, read_record, write_json
 from prefmill.core.places import MANIFEST, STATUS, WANTED_AGAIN
 from prefmill.pipeline import attempts
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:  # `prefmill status` reads these files, and no configuration
     from prefmill.pipeline.plan import PlannedTask
 
 INTERRUPTED = "interrupted"
+_ATTEMPT = {"job": dict, "node": str, "started": Real, "steps_before": int, "done_before": int}
 _FRAME = re.compile(r'^  File ".*\n(?:    .*\n)*', re.MULTILINE)
 
 
@@ -34,8 +36,9 @@ def write_status(task: PlannedTask, state: str, **details: Any) -> None:
 
 
 def read_status(logs: Path) -> dict[str, Any]:
-    """The status last recorded in a task's logs; empty where there is none."""
-    return read_record(logs / STATUS)
+    """The status last recorded in a task's logs; empty where there is none, or what is there is no such record."""
+    status = read_record(logs / STATUS, state=str)
+    return status if "attempt" not in status or not lacking(status["attempt"], _ATTEMPT) else {}
 
 
 def in_short(error: str) -> str:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,13 @@ from prefmill.core.config import validate
 from prefmill.core.errors import AttemptError, PipelineError, PrefmillError, explained
 from prefmill.core.stage import Metrics, Task
 from prefmill.pipeline.attempts import MAX_IDLE_ATTEMPTS, idle_attempts
-from prefmill.pipeline.manual_submission import give_back_until_ready, pipeline_stage, stage_task, training_task
+from prefmill.pipeline.manual_submission import (
+    ask_slurm,
+    give_back_until_ready,
+    pipeline_stage,
+    stage_task,
+    training_task,
+)
 from prefmill.pipeline.oom_backoff import read_smaller, start_over_when_smaller
 from prefmill.pipeline.plan import PipelineFile, PlannedTask, plan_task
 from prefmill.pipeline.subprocess_runner import REQUEUED, TERMINATED, Layout, SignalWatcher, run_elsewhere
@@ -190,11 +195,8 @@ def _requeue(task: PlannedTask) -> int:
         return EXIT_NOT_REQUEUED
     # Slurm may end scontrol with the job before it has answered, which looked like a refusal; this is inherited by it.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    done = subprocess.run(["scontrol", "requeue", me], capture_output=True, text=True, timeout=120, check=False)
-    if done.returncode:
-        error = PipelineError(
-            "Slurm does not requeue this job", got=done.stderr.strip(), fix="submit again: it resumes"
-        )
+    if refused := ask_slurm("scontrol", "requeue", me)[1]:
+        error = PipelineError("Slurm does not requeue this job", got=refused, fix="submit again: it resumes")
         return _given_up(task, "NotRequeued", error)
     print(f"prefmill: requeued {me}", flush=True)
     time.sleep(_REQUEUE_PATIENCE_SECONDS)  # Slurm ends this process

@@ -16,10 +16,11 @@ Element = tuple[str, int]  # an array's job id and the index; -1 for a job that 
 
 LIVE_STATES = {
     # A job that is COMPLETING may still have processes that write.
-    "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED",
-    "SPECIAL_EXIT", "RESIZING", "SIGNALING", "STAGE_OUT", "STOPPED", "RESV_DEL_HOLD", "POWER_UP_NODE", "EXPEDITING",
+    "PENDING", "RUNNING", "CONFIGURING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_FED", "RESIZING",
+    "SIGNALING", "STAGE_OUT", "STOPPED", "POWER_UP_NODE", "EXPEDITING",
 }  # fmt: skip
 UNKNOWN = "UNKNOWN"
+_HELD_BY_NAME = {"REQUEUE_HOLD", "SPECIAL_EXIT", "RESV_DEL_HOLD"}
 _QUEUE_FIELDS = "%F|%K|%A|%T|%r|%N|%S|%u|%P|%E"
 _ACCOUNT_FIELDS = "JobID,State,ExitCode,NodeList,Start,ReqMem,MaxRSS"
 _ARRAY_ID = re.compile(r"(\d+)(?:_(?:(\d+)|\[([^]%]*)(?:%\d+)?\]?.*))?")
@@ -166,9 +167,11 @@ def expand(text: str) -> list[Element]:
 
 
 def clean_state(text: str) -> str:
-    """A state without what some are followed by: `CANCELLED by 0`, `RUNNING+`."""
+    """A state without what some are followed by: `CANCELLED by 0`, `RUNNING+`; PENDING for all that are held."""
     words = text.split()
-    return words[0].rstrip("+") if words else UNKNOWN
+    state = words[0].rstrip("+") if words else UNKNOWN
+    # Pending too: by a name of its own squeue tells who holds it, as of `scontrol requeuehold state=SpecialExit`.
+    return "PENDING" if state in _HELD_BY_NAME else state
 
 
 def waits_for(job: JobState) -> tuple[set[Element], bool]:

@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from prefmill.core.files import read_record
 from prefmill.core.places import CHECKPOINT_PREFIX, PROGRESS
 from prefmill.core.terminal import Say
-from prefmill.pipeline.attempts import read_attempts
+from prefmill.pipeline.attempts import read_attempts, read_progress
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
 from prefmill.pipeline.task_status import read_status
 from prefmill.pipeline.worker import set_aside
@@ -107,7 +106,7 @@ def _strike(view: View, drills: list[Drill], say: Say) -> None:
             continue
         if (
             _recovering(task, drills)
-            or read_record(task.logs / PROGRESS).get("done", 0) <= status["attempt"]["done_before"]
+            or read_progress(task.logs).get("done", 0) <= status["attempt"]["done_before"]
             or not any(task.output.glob(f"{CHECKPOINT_PREFIX}*/{COMPLETE}"))
         ):
             continue

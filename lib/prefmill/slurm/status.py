@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.core.figures import columns, duration
-from prefmill.core.files import read_record
-from prefmill.core.places import PROGRESS
+from prefmill.core.places import STATUS
 from prefmill.core.terminal import paint_states
-from prefmill.pipeline.attempts import read_attempts
+from prefmill.pipeline.attempts import read_attempts, read_progress
 from prefmill.pipeline.decisions import CANCEL, STOP, WAIT, Decisions
 from prefmill.pipeline.run_record import run_tasks
 from prefmill.pipeline.task_status import (
@@ -41,7 +40,7 @@ from prefmill.slurm.submission import script_of, submissions
 _COLUMNS = ("TASK", "STATE", "PROGRESS", "NODE", "TIME", "GPU-H", "RESTARTS", "REASON")
 _ROWS_OF_A_STAGE = 12  # a stage with more tasks is summed up in a row, and only what needs a look is listed
 _BROKEN = ("failed", "killed", "stopped", "cancelled", "blocked", "interrupted", "ended", "damaged")
-_GOING = ("running", "queued", "unknown")
+_GOING = ("running", "suspended", "queued", "unknown")
 _CLEAR = "\x1b[H\x1b[2J"
 
 
@@ -121,16 +120,19 @@ def read_rows(workspace: Path, run: str) -> Table:
         row = _row(key, output, logs, one, seen, decisions.last(key, one.name) if one else {})
         # The plan lists what is upstream first, so what a task needs has its row already.
         rows[key] = _blocked(row, [rows[other] for other in task.get("needs", ()) if other in rows])
-    jobs = [seen.queue[job_id, -1] for job_id in healers if (job_id, -1) in seen.queue] if seen else []
-    healing = any(job.live and not job.held_after_launch for job in jobs)
+    jobs = {job_id: seen.queue[job_id, -1] for job_id in healers if (job_id, -1) in seen.queue} if seen else {}
+    healer_waits = [held(job, job_id) for job_id, job in jobs.items() if job.live and not job.held_after_launch]
+    healing = "" in healer_waits
     wants_healer = seen is not None and bool(found) and script_of(found[-1]).is_file()
-    notes += _notes(run, list(rows.values()), healing, wants_healer)
+    notes += _notes(run, list(rows.values()), healing, wants_healer, healer_waits)
     # Without an answer from Slurm nobody can say that all is over: --watch goes on.
     somebody = seen is None or healing or is_at_work(workspace, run)
     return Table(list(rows.values()), notes, _goes_on(list(rows.values()), somebody))
 
 
-def _notes(run: str, rows: Sequence[Row], healing: bool, wants_healer: bool) -> Iterator[str]:
+def _notes(
+    run: str, rows: Sequence[Row], healing: bool, wants_healer: bool, healer_waits: Sequence[str]
+) -> Iterator[str]:
     """Where somebody has to act on the whole run, and who does."""
     states = {row.state for row in rows}
     who = "a job that does is queued" if healing else f"`prefmill advance {run}` does"
@@ -139,7 +141,11 @@ def _notes(run: str, rows: Sequence[Row], healing: bool, wants_healer: bool) -> 
     if "unsent" in states:
         yield f"{sum(row.state == 'unsent' for row in rows)} tasks are not submitted yet: {who}"
     if wants_healer and not healing and states & {*_GOING, "ended", "unsent"}:
-        yield f"no job looks after this run: the next task to start books one, and so does `prefmill advance {run}`"
+        yield (
+            f"the job that looks after this run does not start: {healer_waits[0]}"
+            if healer_waits
+            else f"no job looks after this run: the next task to start books one, and so does `prefmill advance {run}`"
+        )
 
 
 def _goes_on(rows: Sequence[Row], somebody: bool) -> bool:
@@ -188,7 +194,7 @@ def _row(
     seconds = sum(max(0.0, row.get("ended", row["started"]) - row["started"]) for row in past)
     resources = tried.array.resources if tried else {}
     return Row(
-        key=key, state=state, reason=reason, progress=_progress(logs, status) if state != "complete" else "",
+        key=key, state=state, reason=reason, progress=_progress(logs, state, status) if state != "complete" else "",
         node=(job.node if job else "") or str(status.get("host", "")) * bool(past or begun),
         seconds=seconds + (max(0.0, time.time() - begun) if begun else 0.0),
         gpus=resources.get("nodes", 1) * resources.get("gpus", 0), restarts=max(0, len(past) + bool(begun) - 1),
@@ -220,9 +226,14 @@ def _state(
         return "unsent", "not submitted yet", job
     if tried and seen and tried.element in seen.unknown:
         return "unknown", seen.unknown[tried.element], job
-    if fault := manifest_fault(output):
+    if fault := manifest_fault(output) or ("" if tried else _status_fault(logs, status)):
         return "damaged", fault, job
     return (*_left_state(status, tried, seen, job), job)
+
+
+def _status_fault(logs: Path, status: Mapping[str, Any]) -> str:
+    unread = (logs / STATUS).is_file() and not status
+    return f"its status cannot be read: {logs / STATUS}; to do: `prefmill run` writes it anew" * unread
 
 
 def _is_starting(logs: Path, status: Mapping[str, Any]) -> bool:
@@ -235,6 +246,8 @@ def _is_starting(logs: Path, status: Mapping[str, Any]) -> bool:
 
 
 def _live_state(job: JobState, name: str) -> tuple[str, str]:
+    if job.state == "SUSPENDED":
+        return "suspended", f"Slurm lets its node do other work; where somebody asked for it: `scontrol resume {name}`"
     if job.state != "PENDING":
         return "running", ""
     reason = "what it reads has failed" if slurm.waits_for(job)[1] else held(job, name)
@@ -253,7 +266,7 @@ def _left_state(
         ended = f"Slurm: {job.state}" if job else seen.ended.get(tried.element, "its job is gone")
         return "ended", ended + f": {said}" * bool(said)
     if state == INTERRUPTED:
-        return state, f"{status['error']}: run again to resume"
+        return state, f"{status.get('error', 'asked to stop')}: run again to resume"
     if state in ("running", "complete", "killed"):
         return "interrupted", f"{status.get('signal', 'its process ended early')}: run again to resume"
     return state, error[0] if state == "failed" and error else ""
@@ -269,14 +282,14 @@ def _blocked(row: Row, upstream: Sequence[Row]) -> Row:
     return Row(row.key, "blocked", cause, seconds=row.seconds, gpus=row.gpus, restarts=row.restarts)
 
 
-def _progress(logs: Path, status: Mapping[str, Any]) -> str:
+def _progress(logs: Path, state: str, status: Mapping[str, Any]) -> str:
     is_going = status.get("state") == "running"
     if is_going and "attempt" not in status:
         return ""  # its process is starting: the numbers there are an earlier attempt's
-    if not (progress := read_record(logs / PROGRESS)):
+    if not (progress := read_progress(logs)):
         return ""
     shown = f"{progress['done']}{'/' + str(progress['total']) if progress['total'] else ''} {progress['unit']}"
-    left = _seconds_left(progress, status["attempt"]) if is_going else None
+    left = _seconds_left(progress, status["attempt"]) if is_going and state == "running" else None
     return shown if left is None else f"{shown}, {duration(left)} left"
 
 

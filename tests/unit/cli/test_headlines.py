@@ -64,7 +64,7 @@ def test_a_log_file_gets_a_line_now_and_then_in_place_of_a_bar(tmp_path: Path, m
     monkeypatch.setattr(progress_display.time, "monotonic", lambda: clock[0])
     said: list[str] = []
     bar = Bar("dpo:all", tmp_path, said.append)
-    (tmp_path / PROGRESS).write_text(json.dumps({"done": 30, "total": 100, "unit": "steps"}))
+    (tmp_path / PROGRESS).write_text(json.dumps({"done": 30, "total": 100, "unit": "steps", "time": 1.0}))
     for clock[0] in (1.0, 59.0, 61.0, 90.0, 125.0):
         bar.show()
     bar.close()

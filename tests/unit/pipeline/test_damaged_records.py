@@ -15,6 +15,8 @@ from prefmill.core.files import read_appended
 from prefmill.pipeline import runs
 from prefmill.pipeline.attempts import read_attempts
 from prefmill.pipeline.decisions import Decisions
+from prefmill.pipeline.run_record import write_plan
+from prefmill.pipeline.worker import execute
 from prefmill.slurm.submission import read_array, read_submission, submissions
 from prefmill.sweep.study import read_claim
 from tests.unit.pipeline.test_runs import finish, plan
@@ -140,3 +142,40 @@ def test_a_manifest_that_is_closed_is_told(tmp_path: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(Path, "read_text", closed)
     assert runs.summarise(tmp_path, "r").state == "damaged"
+
+
+ATTEMPT = {"job": {}, "node": "n", "gpus": 0, "started": 1.0, "steps_before": 0, "done_before": 0}
+STATUS = {"state": "running", "time": 1.0, "host": "n", "pid": 1, "job": {}, "attempt": ATTEMPT}
+PROGRESS = {"done": 5, "total": 10, "unit": "rows", "time": 2.0}
+BAD_STATUS = {
+    "torn": '{"state": "run', "zeros": "\0\0\0", "a list": "[1]", "a state": json.dumps(STATUS | {"state": 3}),
+    "no attempt": json.dumps(STATUS | {"attempt": {}}), "null": json.dumps(STATUS | {"attempt": None}),
+    "a time": json.dumps(STATUS | {"attempt": ATTEMPT | {"started": "now"}}),
+}  # fmt: skip
+BAD_PROGRESS = {
+    "torn": '{"done": 5,', "empty": "{}", "NaN": json.dumps(PROGRESS | {"done": float("nan")}),
+    "a total": json.dumps(PROGRESS | {"total": "10"}), "no total or time": '{"done": 5, "unit": "rows"}',
+    "null": json.dumps(PROGRESS | {"done": None}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["status", "progress"])
+@pytest.mark.parametrize("text", [*BAD_STATUS.values(), *BAD_PROGRESS.values()], ids=[*BAD_STATUS, *BAD_PROGRESS])
+def test_a_status_or_progress_of_another_form_ends_neither_status_nor_run(
+    name: str, text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = plan(tmp_path, "r")
+    task = made.tasks[0]
+    task.logs.mkdir(parents=True)
+    write_plan(made)
+    (task.logs / "status.json").write_text(json.dumps(STATUS))
+    (task.logs / "progress.json").write_text(json.dumps(PROGRESS))
+    assert main(["status", "r", "--workspace", str(tmp_path)]) == 0
+    assert "interrupted  5/10 rows" in capsys.readouterr().out
+    (task.logs / f"{name}.json").write_text(text)
+    assert main(["status", "r", "--workspace", str(tmp_path)]) == (name == "status")
+    shown = capsys.readouterr().out
+    assert (f"its status cannot be read: {task.logs}/status.json" in shown) == (name == "status")
+    assert f"{task.key}  {'damaged' if name == 'status' else 'interrupted'}" in shown
+    execute(task)
+    assert read_attempts(task.logs)[-1]["outcome"] == "complete"

@@ -15,18 +15,19 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from toys import STAGES
+from toys import STAGES, toy_plan
 
 from prefmill.core.config import StrictConfig
 from prefmill.core.errors import AttemptError, PrefmillError
 from prefmill.core.records import Modality
 from prefmill.core.stage import Task
 from prefmill.distributed.torchrun import arguments
-from prefmill.pipeline import attempts, launched
+from prefmill.pipeline import attempts, launched, manual_submission
 from prefmill.pipeline import subprocess_runner as children
 from prefmill.pipeline.manual_submission import stage_plan
 from prefmill.pipeline.rank_entrypoint import run_rank
 from prefmill.pipeline.subprocess_runner import Layout, SignalWatcher
+from prefmill.pipeline.task_status import read_status
 from prefmill.slurm import job
 from prefmill.slurm.job import element_id
 
@@ -302,3 +303,35 @@ def test_an_array_by_hand_is_over_the_modalities_and_a_task_can_be_named(
     assert stage_task("use", [*where, "inputs.numbers=n", "modality=vision"], {}).config.modality == "vision"
     with pytest.raises(PrefmillError, match=r"modality is set, and has an array(.|\n)*command line(.|\n)*vision"):
         stage_task("use", [*where, "inputs.numbers=n", "modality=vision"], one)
+
+
+SILENT = "#!/bin/sh\necho 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1\n"
+
+
+@pytest.mark.parametrize("squeue", [None, SILENT], ids=["a container without Slurm", "a controller that restarts"])
+def test_an_element_that_cannot_ask_slurm_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, squeue: str | None
+) -> None:
+    """It ended in a traceback, or in `element 0 is not queued`, which was not so."""
+    if squeue:
+        (tmp_path / "squeue").write_text(squeue)
+        (tmp_path / "squeue").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(PrefmillError, match=r"(?s)does not say whether it is being made.*squeue cannot|contact slurm"):
+        manual_submission._indices_queued("7", dict(os.environ))
+    with pytest.raises(PrefmillError, match=r"(?s)take this element back.*scontrol cannot.*--dependency=afterok:7_0"):
+        manual_submission.give_back_until_ready("7_3", ["7_0"])
+
+
+def test_a_warning_without_scontrol_is_no_traceback(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a container: what has saved is resumed by whoever submits it again, as is told."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    (task,) = toy_plan(tmp_path, make={}).tasks
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    assert job._requeue(task) == job.EXIT_NOT_REQUEUED
+    assert "scontrol cannot be run on" in capsys.readouterr().err
+    assert read_status(task.logs)["kind"] == "NotRequeued"

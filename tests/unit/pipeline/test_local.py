@@ -19,7 +19,7 @@ from prefmill.cli.headlines import describe
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.graceful_stop import StopWatch, request_stop
-from prefmill.pipeline import local, worker
+from prefmill.pipeline import attempts, local, worker
 from prefmill.pipeline.local import RunOptions, run_plan
 from prefmill.pipeline.plan import PipelineFile
 from prefmill.pipeline.slots import Slots
@@ -44,12 +44,13 @@ def test_a_task_that_another_command_is_at_is_named_and_left_alone(
     plan = toy_plan(tmp_path, make={})
     task, said = plan.tasks[0], list[str]()
     request_stop(task.logs, 60.0)
-    write_status(task, "running", attempt=7)
+    attempt = attempts.begin(task.logs, {})
+    write_status(task, "running", attempt=attempt)
     monkeypatch.setattr(worker, "_LOCK_PATIENCE_SECONDS", 0.0)
     with worker.locked(task):
         assert run_plan(plan, say=said.append) == EXIT_USER_ERROR
     assert "make:all is already running" in "\n".join(said)
-    assert read_status(task.logs)["attempt"] == 7, "the status of the one at work"
+    assert read_status(task.logs)["attempt"] == attempt, "the status of the one at work"
     assert StopWatch(task.logs).due(1, 1), "and what it was asked"
 
 
@@ -186,3 +187,25 @@ def test_a_task_that_had_no_room_to_say_why_it_failed_is_told_of_the_disk(tmp_pa
     assert "cannot write: File too large" in told
     assert "run again: finished work is kept" in told
     assert list(tmp_path.glob("**/.room*")) == []
+
+
+_UNREAD = """
+import os, sys
+from prefmill.pipeline.interruption import interrupted_by_term
+
+try:
+    with interrupted_by_term():
+        print("a line", flush=True)
+except KeyboardInterrupt:
+    print("what is said while tasks save", flush=True)
+    sys.exit(130)
+"""
+
+
+def test_a_reader_that_has_gone_is_taken_for_ctrl_c() -> None:
+    """`prefmill run | tee log` on a full disk: trainings were ended at once, and nothing said so."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run([sys.executable, "-c", _UNREAD], stdout=writer, stderr=subprocess.PIPE, text=True)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (130, "")

@@ -316,3 +316,16 @@ def test_a_script_called_from_another_folder_finds_its_checkout(
 
     done = subprocess.run(["bash", str(copy), "some.yaml"], cwd=elsewhere, capture_output=True, text=True, check=False)
     assert done.stdout == "-m prefmill.slurm.job --stage dpo some.yaml\n", done.stderr
+
+
+def test_a_healer_that_is_held_is_told_and_ends_a_watch(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`scontrol hold` of a job that looks after a run: it was counted as going to act, for ever."""
+    (run.submission.folder / "arrays/advance.sbatch").touch()
+    held = HEALER.replace("Dependency|", "JobHeldUser|")
+    run.slurm(squeue=f"{RUNNING}\n{held}")
+    told = "the job that looks after this run does not start: JobHeldUser: somebody holds it; to do: `scontrol release"
+    assert status.read_rows(run.workspace, "toy").notes == [f"{told} 43`"]
+    run.slurm(squeue=f"{STUCK}\n{held}", sacct="41_0|FAILED|1:0|n1|1||")
+    assert any("`prefmill advance toy` does" in note for note in status.read_rows(run.workspace, "toy").notes)
+    Looks(monkeypatch)
+    assert status.watch_status(run.workspace, "toy", 1.0) == 1

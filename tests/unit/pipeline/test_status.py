@@ -103,6 +103,26 @@ def test_a_pending_job_says_why_and_what_to_do(
     assert said in found["a"].reason
 
 
+@pytest.mark.parametrize("named", ["SPECIAL_EXIT", "REQUEUE_HOLD"])
+def test_a_job_that_is_held_by_another_name_does_not_run(
+    run: Path, monkeypatch: pytest.MonkeyPatch, named: str
+) -> None:
+    """As squeue shows a job after `scontrol requeuehold state=SpecialExit`."""
+    line = f"1|0|1|{named}|job requeued in held state||1700000000|me|main|(null)"
+    found, _ = rows(run, monkeypatch, dict(slurm._queue_rows(line)))
+    assert found["a"].state == "held"
+    assert "to do: `scontrol release 1_0`" in found["a"].reason
+
+
+def test_a_suspended_job_is_no_running_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempt = {"started": time.time() - 100, "done_before": 0, "node": "n1", "steps_before": 0, "job": {}}
+    write(run / "logs/r/a/all/status.json", {"state": "running", "time": 1.0, "host": "n1", "attempt": attempt})
+    write(run / "logs/r/a/all/progress.json", {"done": 50, "total": 100, "unit": "steps", "time": time.time()})
+    found, _ = rows(run, monkeypatch, {("1", 0): JobState("SUSPENDED", "None", node="n1")})
+    assert (found["a"].state, found["a"].progress) == ("suspended", "50/100 steps")
+    assert "`scontrol resume 1_0`" in found["a"].reason
+
+
 def test_of_several_partitions_the_limit_of_one_holds_nothing(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = JobState(
         "PENDING", "PartitionTimeLimit", partition="short,main"
