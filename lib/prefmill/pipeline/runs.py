@@ -180,7 +180,14 @@ def _of_run(workspace: Path, run: str) -> Iterator[Removal]:
 
 
 def _removals(reason: str, paths: Iterable[Path]) -> list[Removal]:
-    return [Removal(path, reason, size_of(path)) for path in sorted(paths)]
+    return [_removal(reason, path) for path in sorted(paths)]
+
+
+def _removal(reason: str, path: Path) -> Removal:
+    # A run's folder may lie on another disk, or be another run's: what a link names is not ours to delete.
+    if path.is_symlink():
+        return Removal(path, f"{reason}: a link alone, {path.resolve()} stays", 0)
+    return Removal(path, reason, size_of(path))
 
 
 def _marks(task: dict[str, Any], logs: Path) -> list[Path]:

@@ -167,6 +167,11 @@ def _prepare(task: PlannedTask, wanted: Mapping[str, Any], force: bool) -> Path:
     same = fingerprints(task, wanted)
     finished = (task.output / MANIFEST).is_file()
     folder = remaking(task.output) if finished else task.output
+    if folder.is_symlink():  # it is deleted and renamed as a whole, which a link cannot be
+        raise PipelineError(
+            "a task's output is a link", where=folder, got=folder.readlink(),
+            fix=f"delete it, and link {folder.parents[1]}, or have `workspace` on that disk",
+        )  # fmt: skip
     marker = folder / WORK / STARTED
     begun = read_record(marker)
     resumes = not force and begun.get("fingerprint") in same and not models_changed(task.config, begun)

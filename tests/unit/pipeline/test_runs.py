@@ -261,3 +261,26 @@ def test_a_damaged_submission_is_told(text: str, tmp_path: Path) -> None:
     (tmp_path / "submission.json").write_text(text)
     with pytest.raises(PipelineError, match=f"(?s)damaged.*{tmp_path}/submission.json.*delete the folder {tmp_path}"):
         read_submission(tmp_path)
+
+
+def test_of_a_run_on_another_disk_the_link_alone_is_removed_and_that_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`deleted 50 GB`, of which nothing was free: the folder that the link named stayed."""
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (tmp_path / "work/data").mkdir(parents=True)
+    (tmp_path / "work/data/far").symlink_to(elsewhere)
+    finish(plan(tmp_path / "work", "far"))
+    assert list(elsewhere.glob("*/*/manifest.json"))
+    assert main(["rm", "far", "--yes", "--workspace", str(tmp_path / "work")]) == 0
+    assert f"run: a link alone, {elsewhere} stays" in capsys.readouterr().out
+    assert list(elsewhere.glob("*/*/manifest.json"))
+
+
+def test_an_output_that_is_a_link_is_told_with_the_folder_to_link(tmp_path: Path) -> None:
+    (task, *_) = plan(tmp_path, "r").tasks
+    task.output.parent.mkdir(parents=True)
+    task.output.symlink_to(tmp_path)
+    with pytest.raises(PipelineError, match=rf"(?s)output is a link.*{task.output}.*link {tmp_path}/data/r, or"):
+        execute(task)
