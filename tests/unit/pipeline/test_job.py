@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -62,9 +63,15 @@ def test_the_rendezvous_of_one_node_is_its_own_in_a_job_of_several(monkeypatch: 
     job = {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_ID": "20005"}
     given = arguments(job, 1, 4)
     assert {"--nnodes=1", "--node-rank=0", "--nproc-per-node=4", "--master-addr=127.0.0.1"} <= set(given)
-    monkeypatch.setattr(os, "getpid", lambda: 99)  # another training beside it, as in `salloc`
-    assert "--master-port=10104" in arguments(job, 1, 4)
     assert set(arguments(job, 1, 4)) != set(given)
+    # Two containers on a node, whose processes have one number; and a port that is in use.
+    monkeypatch.setattr(os, "getpid", lambda: 99)
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        ports = iter([taken.getsockname()[1] - 10_000, 104])
+        monkeypatch.setattr(secrets, "randbelow", lambda _: next(ports))
+        taken.listen()
+        assert "--master-port=10104" in arguments(job, 1, 4)
 
 
 @pytest.mark.parametrize(
