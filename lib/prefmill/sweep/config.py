@@ -60,7 +60,10 @@ class StudyConfig(StrictConfig):
     stage: str = Field(min_length=1, description="the training stage that every trial runs")
     config: ExternalPath | None = Field(None, description="its configuration file")
     set: dict[str, Any] = Field({}, description="keys laid over that file")
-    space: dict[str, SpaceItem] = Field(min_length=1, description="what a trial draws, by the stage's key")
+    space: dict[str, SpaceItem] = Field(
+        min_length=1,
+        description="what a trial draws, by the stage's key: {choices: [...]}, or {low, high} with log, integer",
+    )
     metric: str = Field(min_length=1, description="of the finished stage, or of the judge: what is to be best")
     direction: Literal["maximize", "minimize"] = Field("maximize", description="which way is best")
     judge: TrialJudge | None = Field(None, description="a stage that evaluates what a trial trained")

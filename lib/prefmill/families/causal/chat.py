@@ -229,7 +229,8 @@ def apply_template(
         text: str = tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=add_generation_prompt, **variables
         )
-    except (TemplateError, TypeError) as error:  # a template that joins text and None raises TypeError
+    # A template that joins text and None raises TypeError, one that searches a text in vain ValueError.
+    except (TemplateError, TypeError, ValueError, LookupError, ArithmeticError) as error:
         raise InputError(
             "the chat template refuses these messages", got=str(error), expected="roles that the template takes",
             fix="leave the row out, or use a template that takes them",

@@ -158,6 +158,15 @@ def test_a_system_message_that_the_template_refuses_is_the_rows_fault(make: Make
     assert "System role not supported" in str(caught.value)
 
 
+@pytest.mark.parametrize("code", ["m.content.index('e')", "1 // (m.content | length - 2)"])
+def test_a_row_on_which_the_templates_code_fails_is_the_rows_fault(code: str, make: MakeTokenizer) -> None:
+    """It was a traceback, whatever `on_bad_row` said."""
+    tokenizer = make("{% for m in messages %}{% set x = " + code + " %}{{ m.content }}<|im_end|>{% endfor %}")
+    assert encode(tokenizer, USER, "Yes.")
+    with pytest.raises(InputError, match="refuses these messages"):
+        encode(tokenizer, [{"role": "user", "content": "no"}], "Yes.")
+
+
 def test_a_prompt_that_is_templated_already_is_noticed(make: MakeTokenizer) -> None:
     row = json.loads(case("already_templated.jsonl").splitlines()[0])
     with pytest.raises(InputError, match="through a chat template already"):
