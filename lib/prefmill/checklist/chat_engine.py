@@ -238,11 +238,12 @@ class ChatEngine(ServerEngine):
     ) -> list[_Choice]:
         """The choices, at least one, behind `num_before`; raises InputError where there is none."""
         messages = [{"role": "user", "content": text}]
-        # extra_body comes last, so that a user's key wins over ours.
+        # extra_body comes last, so that a user's key wins over ours, and null takes ours out.
         extra = self._config.extra_body
-        body = {"model": self._model, "messages": messages, **asked, **extra}
+        given = {"model": self._model, "messages": messages, **asked, **extra}
+        body = {key: value for key, value in given.items() if value is not None}
         if "max_completion_tokens" in extra:
-            del body["max_tokens"]  # newer servers refuse both names of one limit together
+            body.pop("max_tokens", None)  # newer servers refuse both names of one limit together
         if type(extra.get("seed")) is int:  # asked for one vote at a time, the same seed gives the same vote
             body["seed"] += num_before
         content = await self._server.ask(client, "POST", "chat/completions", body)

@@ -300,6 +300,23 @@ def test_models_that_take_no_top_p_are_asked_without_it(monkeypatch: pytest.Monk
     assert "is not supported with this model" in ask(monkeypatch, answer, **settings, extra_body={"top_p": 1}).failure
 
 
+def test_null_takes_a_key_out_that_a_model_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of o3-mini, which takes no temperature: every review was refused, and nothing took ours out."""
+
+    def answer(body: dict[str, Any]) -> tuple[int, Any]:
+        refused = "temperature" in body or "max_tokens" in body
+        return (400, {"error": "Unsupported parameter"}) if refused else (200, sampled(*["Yes"] * body["n"]))
+
+    settings: dict[str, Any] = {"top_logprobs": 0, "votes": 2, "checklist": FEW}
+    assert not ask(monkeypatch, answer, **settings).answers
+    for extra in (
+        {"max_tokens": None},
+        {"max_completion_tokens": 99},
+        {"max_tokens": None, "max_completion_tokens": 9},
+    ):
+        assert ask(monkeypatch, answer, **settings, extra_body={"temperature": None, **extra}).answers
+
+
 def test_a_stream_that_nobody_asked_for_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = json.dumps({"choices": [{"delta": {"content": "Yes"}}]})
     content = f"data: {chunk}\n\ndata: [DONE]\n\n".encode()
