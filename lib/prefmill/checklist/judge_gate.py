@@ -143,7 +143,8 @@ def warnings(found: Mapping[str, Any], num_items: int) -> list[str]:
     if (alike := found["same_throughout"]) and len(alike) < num_items:
         shown = ", ".join(alike[:5]) + (f" and {len(alike) - 5} more" if len(alike) > 5 else "")
         said.append(f"{len(alike)} of {num_items} items are answered alike for every review: {shown}")
-    if found["answer_mass"] == 1:  # a real model's is below; such a server normalises over the two
+    # A real model's is below: such a server normalises over the two. Of sampled answers all may be one of them.
+    if found["answer_mass"] == 1 and found["p_yes_stderr"] is None:
         said.append("the server hides the mass on yes and no: start it without --logprobs-mode processed_logprobs")
     if found["answer_mass"] is not None and found["answer_mass"] < 0.5:
         said.append(f"{in_words(found)}: look at its template, or take another model")

@@ -60,6 +60,15 @@ def test_items_answered_alike_are_named() -> None:
     assert "puts 30% of its mass" in low
 
 
+def test_a_mass_of_one_is_hidden_but_of_sampled_answers() -> None:
+    """Votes that are all yes or no have it, and were to start their server without an option it has not."""
+    (told,) = warnings(counts(5, 2, 1.0).overall(), 2)
+    assert told.startswith("the server hides the mass")
+    voted = AnswerCounts()
+    voted.add({"i0": {"yes": True, "p_yes": 0.75, "mass": 1.0, "p_yes_stderr": 0.1}})
+    assert warnings(voted.overall(), 1) == []
+
+
 def test_a_judge_that_gives_every_question_one_answer_is_refused() -> None:
     """As a cache that leaves the question out: half of the reviews get yes to everything, so no share looks odd."""
     found, few = AnswerCounts(), AnswerCounts()
