@@ -21,6 +21,14 @@ def print_nowhere(descriptor: int) -> None:
     os.close(null)
 
 
+def say_on(line: str) -> None:
+    """Print a line of a command that acts: a reader that has gone (`| head`) leaves nothing half done."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        print_nowhere(sys.stdout.fileno())
+
+
 def has_colours() -> bool:
     """Whether what is printed may hold colour codes."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"

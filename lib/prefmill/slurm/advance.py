@@ -14,7 +14,7 @@ from typing import Any
 
 from prefmill.core.config import validate
 from prefmill.core.errors import PipelineError
-from prefmill.core.terminal import Say
+from prefmill.core.terminal import Say, say_on
 from prefmill.pipeline.decisions import AGAIN, CANCEL, RETRY, STOP, alone, show
 from prefmill.pipeline.oom_backoff import read_smaller, write_smaller
 from prefmill.pipeline.plan import PlannedTask
@@ -46,7 +46,7 @@ class Retry:
     memory_gb: float | None = None
 
 
-def advance(workspace: Path, run: str, say: Say = print, again: Collection[str] = ()) -> View:
+def advance(workspace: Path, run: str, say: Say = say_on, again: Collection[str] = ()) -> View:
     """Retry failed tasks of `run`; those in `again` are submitted anew whatever was decided about them.
 
     Raises PipelineError where the run was never submitted or Slurm does not answer: then nothing is touched.

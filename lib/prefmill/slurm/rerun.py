@@ -8,7 +8,7 @@ from pathlib import Path
 
 from prefmill.core.errors import PipelineError, select
 from prefmill.core.places import MANIFEST, WANTED_AGAIN
-from prefmill.core.terminal import Say
+from prefmill.core.terminal import Say, say_on
 from prefmill.pipeline.decisions import CANCEL, Decisions, alone
 from prefmill.pipeline.task_status import refuse_beside_run
 from prefmill.slurm import jobs as slurm
@@ -20,7 +20,7 @@ from prefmill.slurm.submission import require_owner, submissions
 from prefmill.slurm.view import look
 
 
-def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
+def rerun(workspace: Path, run: str, selector: str, say: Say = say_on) -> None:
     """Submit the selected tasks again, whatever was decided about them, and have what reads from them wait.
 
     Finished output stays in its place until the new one is published. Tasks that are queued or running are left alone.
@@ -50,7 +50,7 @@ def rerun(workspace: Path, run: str, selector: str, say: Say = print) -> None:
     advance(workspace, run, say, [task.key for task in again])
 
 
-def cancel(workspace: Path, run: str, selector: str | None, say: Say = print) -> None:
+def cancel(workspace: Path, run: str, selector: str | None, say: Say = say_on) -> None:
     """End every job of the run, or of the selected tasks, whichever command or attempt submitted it.
 
     They stay ended until `prefmill rerun` or `submit`. No output is looked at: nothing in it can be in the way. Nor is

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from prefmill.core.config import validate
 from prefmill.core.errors import ConfigError, PipelineError
-from prefmill.core.terminal import Say
+from prefmill.core.terminal import Say, say_on
 from prefmill.pipeline.decisions import alone, submissions_folder
 from prefmill.pipeline.freeze import check_path, freeze, snapshot
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask
@@ -69,7 +69,7 @@ def submit(
     cluster: ClusterFile,
     only: str | None = None,
     dry_run: bool = False,
-    say: Say = print,
+    say: Say = say_on,
 ) -> None:
     """Submit what is neither complete nor queued already.
 

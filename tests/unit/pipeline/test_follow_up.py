@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import errno
 import json
+import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -230,3 +232,14 @@ def test_an_element_is_freed_of_an_array_that_it_does_not_need_and_that_never_ru
     monkeypatch.setattr(advance.slurm, "set_dependency", lambda element, text: told.append((element, text)) or True)
     advance._repoint(view, lambda line: None)
     assert told == [(("3", 0), "")]
+
+
+def test_a_reader_that_has_gone_leaves_no_command_half_done(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`prefmill advance | head -1`: the first task was submitted again, and those after it were not."""
+    run.slurm(sacct="41_0|NODE_FAIL|0:0|n1|1700000000||\n42_0|NODE_FAIL|0:0|n1|1700000000||")
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as gone, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", gone)
+        advance.advance(run.workspace, "toy")
+    assert run.sent == 2
