@@ -49,7 +49,7 @@ def instruction_output(row: Row, tags: Tags) -> Judgement:
 
 CHAT_FORMS: Mapping[str, Form] = {
     **FORMS,
-    "messages": Form({"messages": "list"}, _chat("messages"), [*_PREFERENCE_KEYS, "completion"]),
+    "messages": Form({"messages": "list"}, _chat("messages"), [*_PREFERENCE_KEYS, "rejected_response", "completion"]),
     "conversations": Form({"conversations": "list"}, _chat("conversations"), _PREFERENCE_KEYS),
     "prompt_completion": Form(
         {"prompt": "text or list", "completion": "text or list"}, prompt_completion, _PREFERENCE_KEYS

@@ -79,11 +79,26 @@ def _alpaca(chosen: str, rejected: str) -> Parse:
     return lambda row, tags: _preference(row, Chat(alpaca_prompt(row)), row[chosen], row[rejected])
 
 
-def sharegpt(row: Row, tags: Tags) -> Preference:
-    """`{conversations: [{from, value}], chosen: {from, value}, rejected: {from, value}}`: LLaMA-Factory, prefmill."""
-    prompt = as_chat(row["conversations"], "conversations", tags)
-    answers = [answer_to([], as_chat([row[side]], side, tags), side) for side in ("chosen", "rejected")]
-    return _preference(row, prompt, *answers)
+def _turn_each(asked: str) -> Parse:
+    """A chat in the column `asked` that ends with a user's turn, `chosen` and `rejected` as a message each."""
+
+    def parse(row: Row, tags: Tags) -> Preference:
+        answers = [answer_to([], as_chat([row[side]], side, tags), side) for side in ("chosen", "rejected")]
+        return _preference(row, as_chat(row[asked], asked, tags), *answers)
+
+    return parse
+
+
+def prompt_messages(row: Row, tags: Tags) -> Preference:
+    """`{prompt: [...], chosen: "...", rejected: "..."}`: OpenRLHF."""
+    return _preference(row, as_chat(row["prompt"], "prompt", tags), row["chosen"], row["rejected"])
+
+
+def ms_swift(row: Row, tags: Tags) -> Preference:
+    """`{messages: [...], rejected_response: "..."}`: the last turn is the chosen answer."""
+    chat = as_chat(row["messages"], "messages", tags)
+    chosen = sole_answer(chat.turns[-1:], "messages")
+    return _preference(row, _prompt_of(chat, chat.turns[:-1]), chosen, row["rejected_response"])
 
 
 def openai(row: Row, tags: Tags) -> Preference:
@@ -135,6 +150,7 @@ _TEXTS: Mapping[str, Kind] = {"chosen": "text", "rejected": "text"}
 FORMS: Mapping[str, Form] = {
     "trl_messages": Form({"prompt": "list", "chosen": "list", "rejected": "list"}, trl_messages),
     "prompt_and_messages": Form({"prompt": "text", "chosen": "list", "rejected": "list"}, prompt_and_messages),
+    "prompt_messages": Form({"prompt": "list", **_TEXTS}, prompt_messages),
     "prompt_strings": Form({"prompt": "text", **_TEXTS}, _strings("prompt")),
     "system_question": Form({"question": "text", **_TEXTS}, _strings("question")),
     "system_input": Form({"input": "text", **_TEXTS}, _strings("input"), ["instruction"]),
@@ -143,7 +159,9 @@ FORMS: Mapping[str, Form] = {
         _alpaca("chosen_response", "rejected_response"),
     ),
     "alpaca": Form({"instruction": "text", **_TEXTS}, _alpaca("chosen", "rejected")),
-    "sharegpt": Form({"conversations": "list", "chosen": "dict", "rejected": "dict"}, sharegpt),
+    "sharegpt": Form({"conversations": "list", "chosen": "dict", "rejected": "dict"}, _turn_each("conversations")),
+    "axolotl": Form({"messages": "list", "chosen": "dict", "rejected": "dict"}, _turn_each("messages")),
+    "ms_swift": Form({"messages": "list", "rejected_response": "text"}, ms_swift),
     "openai": Form({"input": "dict", "preferred_output": "list", "non_preferred_output": "list"}, openai),
     "llamafactory_v1": Form({"chosen_messages": "list", "rejected_messages": "list"}, _implicit(*_OLD)),
     "implicit_messages": Form(

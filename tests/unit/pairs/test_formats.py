@@ -50,6 +50,9 @@ SAME: dict[str, dict[str, Any]] = {
         "conversations": [{"from": "system", "value": "Be brief."}, {"from": "human", "value": "Q?"}],
         "chosen": {"from": "gpt", "value": "good"}, "rejected": {"from": "gpt", "value": "bad"},
     },
+    "prompt_messages": {"prompt": [SYSTEM, USER], "chosen": "good", "rejected": "bad"},
+    "axolotl": {"messages": [SYSTEM, USER], "chosen": said("good"), "rejected": said("bad")},
+    "ms_swift": {"messages": [SYSTEM, USER, said("good")], "rejected_response": "bad"},
     "openai": {
         "input": {"messages": [SYSTEM, USER], "tools": []},
         "preferred_output": [said("good")], "non_preferred_output": [said("bad")],
