@@ -38,13 +38,15 @@ def held_gpus() -> int:
     return len(visible_gpus())
 
 
-def begin(logs: Path, before: dict[str, Any]) -> dict[str, Any]:
-    """What is known when an attempt starts; `before` is the status left by the last one, recorded if it was lost.
-
-    An attempt is lost when nothing of it was left to say how it ended: SIGKILL, power cut.
-    """
+def note_lost(logs: Path, before: dict[str, Any]) -> None:
+    """Record the attempt that left the status `before` if nothing was left to say how it ended: SIGKILL, power cut."""
     if before.get("state") == "running" and "attempt" in before:
-        _append(logs, before["attempt"], "lost", ended=_last_sign(logs, before["time"]))
+        _append(logs, before["attempt"], "lost", ended=_last_sign(logs, before.get("time", 0.0)))
+
+
+def begin(logs: Path, before: dict[str, Any]) -> dict[str, Any]:
+    """What is known when an attempt starts; `before` is the status left by the last one, recorded if it was lost."""
+    note_lost(logs, before)
     return {
         "job": this_job(), "node": socket.gethostname(), "gpus": held_gpus(), "started": time.time(),
         "steps_before": len(_steps(logs)), "done_before": _done(logs),

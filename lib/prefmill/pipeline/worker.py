@@ -127,6 +127,7 @@ def require_free(task: PlannedTask) -> None:
 
 def announce(task: PlannedTask) -> None:
     """Have nothing that an earlier attempt said, or was asked, be taken for the one that begins."""
+    attempts.note_lost(task.logs, read_status(task.logs))  # here, as its status is written over
     write_status(task, "running")
     clear_request(task.logs)
 

@@ -189,6 +189,15 @@ def test_a_task_that_had_no_room_to_say_why_it_failed_is_told_of_the_disk(tmp_pa
     assert list(tmp_path.glob("**/.room*")) == []
 
 
+def test_an_attempt_that_was_killed_counts_where_the_next_is_a_local_run(tmp_path: Path) -> None:
+    """Its time and restart were lost: the run wrote over the status that told of it."""
+    plan = toy_plan(tmp_path, make={})
+    task = plan.tasks[0]
+    write_status(task, "running", attempt=attempts.begin(task.logs, {}))
+    assert run_plan(plan, say=lambda _: None) == 0
+    assert [row["outcome"] for row in attempts.read_attempts(task.logs)] == ["lost", "complete"]
+
+
 _UNREAD = """
 import os, sys
 from prefmill.pipeline.interruption import interrupted_by_term
