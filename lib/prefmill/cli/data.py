@@ -78,7 +78,7 @@ def _pairs(arguments: argparse.Namespace) -> None:
     learned = sum(item.last > 0 for item in histories.values())
     print(
         f"{len(histories):,} pairs, {learned:,} with a last margin above 0, {len(found):,} suspect; "
-        f"length predicts {effect.slope:.4g} a token (correlation {effect.correlation:.2f})"
+        f"length predicts a margin of {effect.slope:.4g} per token (correlation {effect.correlation:.2f})"
     )
     if not any(len(item.sightings) > 1 for item in histories.values()):
         print("every pair was seen once: whether one is learned shows from the second epoch on")

@@ -98,7 +98,10 @@ def _refuse(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
     wrong = next((word.partition("=")[0] for word in words if word.startswith("-") or "=" in word), "")
     # Some commands take the workspace as an option, others as a key.
     keys = ["run=", "workspace="] * any(action.dest == "overrides" for action in parser._actions)
-    parser.error(f"unrecognized arguments: {' '.join(words)}{nearest(wrong, [*options_of(parser), *keys])}")
+    hint = nearest(wrong, [*options_of(parser), *keys])
+    if keys and not hint and wrong.startswith("--"):
+        hint = f"; a key is written without dashes, after its stage: STAGE.{wrong.lstrip('-').rpartition('.')[2]}=VALUE"
+    parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 
 def _sort_out(arguments: argparse.Namespace) -> None:

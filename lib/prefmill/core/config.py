@@ -189,11 +189,11 @@ def _keys(value: Any) -> Iterator[Any]:
 
 
 def _near(path: Path) -> str:
-    """The file that may be meant: a pipeline of that name, or one beside it with a name like it."""
-    pipeline = Path("configs/pipelines") / f"{path.name}.yaml"
-    if not path.suffix and pipeline.is_file():
-        return nearest(str(pipeline), [str(pipeline)])
-    return nearest(path.name, [other.name for other in path.parent.glob("*.yaml")])
+    """The file that may be meant: of that name in `configs`, a pipeline first, or beside it with a name like it."""
+    name = path.name if path.suffix else f"{path.name}.yaml"
+    known = sorted(Path("configs").rglob(name), key=lambda file: file.parent.name != "pipelines")
+    beside = [other.name for other in path.parent.glob("*.yaml")]
+    return f" (did you mean '{known[0]}'?)" if known else nearest(path.name, beside)
 
 
 def merge(base: Mapping[str, Any], overrides: Sequence[str] = (), where: object = None) -> dict[str, Any]:

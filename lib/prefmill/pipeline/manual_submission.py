@@ -14,7 +14,7 @@ from prefmill.core.config import merge, split_override, validate
 from prefmill.core.errors import ConfigError, PipelineError
 from prefmill.core.stage import load_stage
 from prefmill.pipeline.checked_plan import plan_to_run
-from prefmill.pipeline.overrides import joined, with_stage_keys
+from prefmill.pipeline.overrides import joined, require_signs, with_stage_keys
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, read_pipeline
 from prefmill.pipeline.task_status import read_status
 from prefmill.store.artifacts import read_manifest
@@ -36,6 +36,9 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
     # A file may have `=` in its name, so what exists is taken for a file.
     if config is not None and "=" in config and not Path(config).exists():
         config, overrides = None, arguments
+    require_signs(overrides)
+    # Under the stage's name too, as in a pipeline: `dpo.beta=0.2`.
+    overrides = [item.removeprefix(f"{stage}.") for item in overrides]
     where = [item for item in overrides if item.startswith(_OWN_KEYS)]
     names = [item.removeprefix("task=") for item in where if item.startswith("task=")]
     given = merge({}, [item for item in where if not item.startswith("task=")])
@@ -49,9 +52,7 @@ def stage_plan(stage: str, arguments: Sequence[str], is_array: bool = False) -> 
         "inputs": given.pop("inputs", {}),
         "processes": given.pop("processes", None),
     }
-    # Under the stage's name too, as in a pipeline: `dpo.beta=0.2`.
-    given_keys = [item.removeprefix(f"{stage}.") for item in overrides if item not in where]
-    keys = ["{}.{}={}".format(stage, *split_override(item)) for item in given_keys]
+    keys = [f"{stage}.{item}" for item in overrides if item not in where]
     values = with_stage_keys({"name": stage, "stages": {stage: entry}, **given}, keys)
     pipeline = validate(PipelineFile, values, where="the command line")
     # Errors then name the command line as the place of a wrong key: there is no pipeline file here.

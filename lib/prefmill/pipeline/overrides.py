@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
+from prefmill.core.aliases import ALIASES
 from prefmill.core.config import merge, split_override
 from prefmill.core.errors import ConfigError
+from prefmill.core.stage import load_stage, stage_names
 
 
 def joined(overrides: Sequence[str]) -> list[str]:
@@ -28,10 +32,30 @@ def joined(overrides: Sequence[str]) -> list[str]:
     return words
 
 
-def names_stage_key(override: str, stages: Mapping[str, Any]) -> bool:
-    """Whether it is a key of one of the `stages` and not one of the pipeline."""
-    key = override.split("=", 1)[0]
-    return "." in key and key.split(".", 1)[0] in stages
+# What a stage's entry in a pipeline has beside its `config` and `set`: sweep has keys of those names.
+_OF_ENTRY = ("array", "inputs", "needs", "processes", "resources")
+
+
+def of_stages_and_pipeline(
+    overrides: Sequence[str], stages: Sequence[str], keys: Sequence[str]
+) -> tuple[list[str], list[str]]:
+    """Overrides of the `stages`' keys, and those of the pipeline, whose own `keys` these are.
+
+    Raises ConfigError for one that is neither, or no key=value.
+    """
+    words = joined(overrides)
+    require_signs(words)
+    own, others = [], []
+    for word in words:
+        stage, dot, rest = word.partition("=")[0].partition(".")
+        if not dot or stage not in stages:
+            others.append(word)
+        elif rest.split(".")[0] in _OF_ENTRY:  # as the pipeline's file has it
+            others.append(f"stages.{word}")
+        else:
+            own.append(word)
+    _require_stages(others, stages, keys)
+    return own, others
 
 
 def with_stage_keys(values: Mapping[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
@@ -57,16 +81,45 @@ def with_stage_keys(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     return {**values, "stages": stages}
 
 
-def require_stages(overrides: Sequence[str], stages: Sequence[str], keys: Sequence[str]) -> None:
-    """Raise ConfigError for an override of a stage that the pipeline does not have, as `keys` are its own."""
+def require_signs(overrides: Sequence[str]) -> None:
+    """Raise ConfigError for a word that is not key=value, with the next one as its value where that is none either."""
+    for word, following in zip_longest(overrides, overrides[1:], fillvalue="="):
+        if "=" not in word:
+            is_value = "=" not in following
+            raise ConfigError(
+                "an override is written key=value", got=f"{word} {following}" if is_value else repr(word),
+                fix=f"write {word}={following if is_value else 'VALUE'}",
+            )  # fmt: skip
+
+
+def _require_stages(overrides: Sequence[str], stages: Sequence[str], keys: Sequence[str]) -> None:
+    """Raise ConfigError for an override of a stage that the pipeline does not have, as `keys` are its own.
+
+    A stage's key without its stage, and a stage before another sign than the dot, are told as they are written.
+    """
     for item in overrides:
-        head, dot, key = split_override(item)[0].partition(".")
-        if dot and head not in keys:
+        written, text = split_override(item)
+        head, dot, key = re.sub("[:/]", ".", written).partition(".")
+        if head in keys:
+            continue
+        if not dot or head in stages:
+            meant = [f"{head}.{key}"] if dot else [f"{name}.{head}" for name in stages if _has_key(name, head)]
+            if meant:
+                raise ConfigError(
+                    f"'{written}' is no key of a pipeline", where="the command line", got=item,
+                    expected=", ".join(keys), fix=f"write {' or '.join(f'{name}={text}' for name in meant)}",
+                )  # fmt: skip
+        else:
             near = difflib.get_close_matches(head, stages, n=1, cutoff=0.6)
             raise ConfigError(
                 f"no stage '{head}' in this pipeline" + (f" (did you mean '{near[0]}.{key}'?)" if near else ""),
                 where="the command line", got=item, expected=", ".join(stages), fix="write STAGE.KEY=VALUE",
             )  # fmt: skip
+
+
+def _has_key(stage: str, key: str) -> bool:
+    keys = load_stage(stage).config.model_fields if stage in stage_names() else {}
+    return key in keys or ALIASES.get(key) in keys
 
 
 def _kept(keys: Mapping[str, Any], key: str) -> dict[str, Any]:

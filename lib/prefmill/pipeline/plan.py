@@ -27,7 +27,7 @@ from prefmill.core.config import (
 from prefmill.core.errors import ConfigError, PipelineError, nearest, select
 from prefmill.core.places import MANIFEST, NO_RUNS, STAGES, default_workspace, expand_home
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
-from prefmill.pipeline.overrides import joined, names_stage_key, require_stages, with_stage_keys
+from prefmill.pipeline.overrides import of_stages_and_pipeline, with_stage_keys
 from prefmill.pipeline.stage_entry import (
     SAFE_NAME,
     SINGLE_TASK,
@@ -128,10 +128,7 @@ def read_pipeline(path: Path, overrides: Sequence[str] = ()) -> PipelineFile:
             fix=f"name a file of configs/pipelines/; one stage's own file is for `python -m {STAGES}.STAGE FILE`",
         )  # fmt: skip
     stages = values["stages"] if isinstance(values["stages"], Mapping) else {}
-    overrides = joined(overrides)
-    own = [item for item in overrides if names_stage_key(item, stages)]
-    others = [item for item in overrides if item not in own]
-    require_stages(others, list(stages), list(PipelineFile.model_fields))
+    own, others = of_stages_and_pipeline(overrides, list(stages), list(PipelineFile.model_fields))
     said = {split_override(item)[0]: COMMAND_LINE for item in others}
     pipeline = validate(PipelineFile, with_stage_keys(merge(values, others, path), own), path, said)
     pipeline._overridden = frozenset(split_override(item)[0] for item in own)
@@ -252,7 +249,8 @@ class _Planner:
         beside = self.source.resolve().parent.parent / stage / f"{name}.yaml"
         # A pipeline of one's own may lie anywhere, not only beside the folders of stages.
         here = Path("configs", stage, f"{name}.yaml").absolute()
-        return here if here.is_file() and not beside.is_file() else beside
+        as_given = expand_home(f"{name}.yaml")  # `configs/dpo/demo`, without its ending
+        return next((path for path in (beside, here, as_given) if path.is_file()), beside)
 
     def _need(self, name: str, key: str, reads: Reads) -> Need:
         if (name, key) not in self.needs:

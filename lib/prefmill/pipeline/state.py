@@ -100,7 +100,7 @@ def read_outside(task: PlannedTask, asked: Callable[[str], bool]) -> Iterator[tu
 
 
 def _begun(task: PlannedTask, folder: Path) -> tuple[str, ...]:
-    """Of an attempt that did not finish: that a run goes on from there, or drops it since these keys are others."""
+    """Of an attempt that did not finish: that a run resumes it, or discards it since these settings are others."""
     if not (made := read_record(folder / WORK / STARTED)):
         return ()
     wanted = task_identity(task, read_inputs(task))
@@ -108,7 +108,7 @@ def _begun(task: PlannedTask, folder: Path) -> tuple[str, ...]:
     if made["fingerprint"] not in fingerprints(task, wanted):
         # A folder from before the identity was noted has its fingerprint alone.
         other = differences(made.get("identity", wanted), wanted) or ["other settings"]
-    return (f"begun otherwise, which a run drops: {'; '.join(other)}" if other else "begun: a run goes on from there",)
+    return (f"interrupted with other settings, starts over: {'; '.join(other)}" if other else "interrupted: resumes",)
 
 
 def read_inputs(task: PlannedTask) -> Inputs:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from prefmill.core.artifact import Artifact, FileEntry, Manifest, Provenance
-from prefmill.core.errors import ArtifactError
+from prefmill.core.errors import ArtifactError, nearest
 from prefmill.core.files import digest_json, open_as_umask_says, write_atomic
 from prefmill.core.places import CHECKPOINT_PREFIX, MANIFEST, RUN_RECORD, WORK
 from prefmill.store.stamps import stamp
@@ -64,7 +64,7 @@ def read(folder: Path, kind: str | None = None) -> Artifact:
     if manifest is None:
         raise ArtifactError(
             "no finished artifact here", where=folder, expected=f"a {MANIFEST}",
-            fix="run the stage that makes it; an interrupted one resumes where it stopped",
+            fix=_elsewhere(folder) or "run the stage that makes it; an interrupted one resumes where it stopped",
         )  # fmt: skip
     if kind is not None and manifest.kind != kind:
         raise ArtifactError(
@@ -85,6 +85,17 @@ def read(folder: Path, kind: str | None = None) -> Artifact:
                 expected=f"{entry.bytes} bytes", fix=f"rerun stage {manifest.stage} with --force",
             )  # fmt: skip
     return Artifact(folder, manifest)
+
+
+def _elsewhere(folder: Path) -> str:
+    """Which folder may be meant: one inside it, where this is a stage's, or one that is spelled nearly so."""
+    inside = sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}"))
+    there = next((path for path in (folder, *folder.parents) if path.is_dir()), folder)
+    if there != folder and not inside:
+        missing = folder.relative_to(there).parts[0]
+        near = nearest(missing, [path.name for path in there.iterdir()])
+        return f"check the path{near}, or run the stage that makes it: {there} has no {missing}"
+    return f"name one of its tasks: {', '.join(map(str, inside[:3]))}" if inside else ""
 
 
 def read_manifest(folder: Path) -> Manifest | None:

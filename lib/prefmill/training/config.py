@@ -223,8 +223,10 @@ class TrainingConfig(StrictConfig):
     @model_validator(mode="after")
     def _curves_survive_a_restart(self) -> TrainingConfig:
         if self.save_steps % self.logging_steps:
+            above = -(-self.save_steps // self.logging_steps) * self.logging_steps
             raise ValueError(
-                "save_steps must be a multiple of logging_steps: a logged loss is the mean since the one before"
+                f"save_steps {self.save_steps} is no multiple of logging_steps {self.logging_steps}, and a logged loss "
+                f"is the mean since the one before: take save_steps={above}"
             )
         return self
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefmill.training.batches import AnyGroup, GroupPart
-from prefmill.training.objective_names import Need
+from prefmill.training.objective_names import OF_TEXT, Need
 from prefmill.training.objectives import PairScores
 
 Reference = Callable[[int, int], Tensor]
@@ -27,7 +27,7 @@ class Family:
     draw, [S, n]; residuals; a soft label) overrides `pair_scores`, and `supplies`: what objectives may need of it.
     """
 
-    supplies: ClassVar[frozenset[Need]] = frozenset({"reference", "lengths", "label_smoothing"})
+    supplies: ClassVar[frozenset[Need]] = OF_TEXT
 
     encode: Callable[[Sequence[Any], Sequence[GroupPart], int], Any]
     score: Callable[[Any, Any], Tensor]

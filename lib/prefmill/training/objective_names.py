@@ -46,12 +46,30 @@ READ_BY = {
 }
 
 
-def require_known(names: str | list[str]) -> str | list[str]:
-    """`names` as they are; raises ValueError for one that no objective has."""
-    for name in [names] if isinstance(names, str) else names:
-        if name not in NEEDS:
-            raise ValueError(f"no objective '{name}'{nearest(name, list(NEEDS))}; objectives are {', '.join(NEEDS)}")
+OF_TEXT: frozenset[Need] = frozenset({"reference", "lengths", "label_smoothing"})  # what a text model supplies
+
+
+def usable_with(supplies: frozenset[Need]) -> list[str]:
+    """The objectives that need no more than this."""
+    return [name for name, needs in NEEDS.items() if needs <= supplies]
+
+
+def require_usable(names: list[str], supplies: frozenset[Need]) -> list[str]:
+    """`names` as they are; raises ValueError for one that no objective has, or one that needs more."""
+    usable = usable_with(supplies)
+    for name in names:
+        if name not in usable:
+            fault = f"no objective '{name}'{nearest(name, usable)}"
+            other = f"'{name}' is an objective of other stages (DPO of text is sigmoid, as in TRL)"
+            raise ValueError(f"{other if name in NEEDS else fault}; objectives are {', '.join(usable)}")
     return names
+
+
+def require_known(name: str) -> str:
+    """`name` as it is; raises ValueError for one that no objective has."""
+    if name not in NEEDS:
+        raise ValueError(f"no objective '{name}'{nearest(name, list(NEEDS))}; objectives are {', '.join(NEEDS)}")
+    return name
 
 
 def listed(given: Any) -> Any:
@@ -60,4 +78,4 @@ def listed(given: Any) -> Any:
 
 
 ObjectiveName = Annotated[str, AfterValidator(require_known)]
-ObjectiveNames = Annotated[list[str], BeforeValidator(listed), AfterValidator(require_known)]
+ObjectiveNames = Annotated[list[str], BeforeValidator(listed)]

@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.training.config import TrainingConfig
-from prefmill.training.objective_names import READ_BY, ObjectiveNames
+from prefmill.training.objective_names import OF_TEXT, READ_BY, Need, ObjectiveNames, require_usable
 
 
 class ObjectiveKeys(StrictConfig):
     """Which objectives of `training.objectives`, and their numbers."""
+
+    supplies: ClassVar[frozenset[Need]] = OF_TEXT
 
     beta: float = Field(0.1, gt=0, description="strength of the tie to the reference")
     loss_type: ObjectiveNames = Field(["sigmoid"], description="one or several objectives, such as [sigmoid, sft]")
@@ -23,6 +25,22 @@ class ObjectiveKeys(StrictConfig):
     )
     simpo_gamma: float = Field(0.5, description="target margin of `simpo`")
     shuffle_labels: bool = Field(False, description="control: swap chosen and rejected at random, by seed and pair")
+
+    @field_validator("loss_type")
+    @classmethod
+    def _fits_the_family(cls, names: list[str]) -> list[str]:
+        return require_usable(names, cls.supplies)
+
+    @model_validator(mode="after")
+    def _have_their_numbers(self) -> Self:
+        if not self.loss_type or len(self.loss_weights) != len(self.loss_type):
+            raise ValueError(
+                f"loss_type {self.loss_type} and loss_weights {self.loss_weights}: give one weight for each objective, "
+                "such as loss_type: [sigmoid, sft], loss_weights: [1.0, 0.05]"
+            )
+        if "robust" in self.loss_type and self.label_smoothing == 0:
+            raise ValueError("robust needs the rate of wrong labels: set label_smoothing, or take sigmoid")
+        return self
 
     @model_validator(mode="after")
     def _is_read(self) -> Self:

@@ -112,9 +112,9 @@ def test_an_attempt_on_another_model_is_dropped_and_no_run_shares_it(tmp_path: P
         run(broken)
     weights.unlink()
     weights.write_bytes(b"first" * 1000)
-    assert inspect(whole)["make:all"].reasons == ("begun: a run goes on from there",)
+    assert inspect(whole)["make:all"].reasons == ("interrupted: resumes",)
     weights.write_bytes(b"other" * 1000)
-    told = f"begun otherwise, which a run drops: {weights.parent} held another model"
+    told = f"interrupted with other settings, starts over: {weights.parent} held another model"
     assert inspect(whole)["make:all"].reasons == (told,)
     run(whole)
     manifest = read_manifest(whole.tasks[0].output)
@@ -158,9 +158,9 @@ def test_an_attempt_ends_where_a_branch_on_the_hub_has_other_weights(
     with pytest.raises(ValueError, match="a bug"):
         run(broken)
     in_hub_cache(cache, "b" * 40, **{"config.json": "{}", "model.safetensors": "first", "README.md": "new"})
-    assert inspect(whole)["make:all"].reasons == ("begun: a run goes on from there",)
+    assert inspect(whole)["make:all"].reasons == ("interrupted: resumes",)
     in_hub_cache(cache, "c" * 40, **{"config.json": "{}", "model.safetensors": "other"})
-    told = "begun otherwise, which a run drops: org/model/model.safetensors held another model"
+    told = "interrupted with other settings, starts over: org/model/model.safetensors held another model"
     assert inspect(whole)["make:all"].reasons == (told,)
 
 
@@ -187,7 +187,7 @@ def test_an_interrupted_attempt_resumes_and_another_content_starts_over(tmp_path
         run(toy_plan(tmp_path, make={"set": {"fail": "bug", "rows": 7}}))
     begun = [inspect(toy_plan(tmp_path, make={"set": {"rows": rows}}))["make:all"] for rows in (7, 8)]
     assert [state.reasons[-1] for state in begun] == [
-        "begun: a run goes on from there", "begun otherwise, which a run drops: rows was 7, is 8"
+        "interrupted: resumes", "interrupted with other settings, starts over: rows was 7, is 8"
     ]  # fmt: skip
     assert begun[0].reasons[:-1] == ("rows was 3, is 7",)
     run(toy_plan(tmp_path, make={"set": {"rows": 8}}))

@@ -10,6 +10,7 @@ from prefmill.core.config import ExternalPath, later, runtime
 from prefmill.core.precision import Quantization
 from prefmill.families.causal.templates import ChatTemplate
 from prefmill.training.config import TrainingConfig
+from prefmill.training.objective_names import OF_TEXT, Need
 from prefmill.training.preference_config import ObjectiveKeys
 
 Sampling = Literal["balanced", "systematic", "iid", "inverse_t"]
@@ -130,6 +131,8 @@ class DiffusionSftConfig(DiffusionTrainingConfig):
 
 class DiffusionPreferenceConfig(ObjectiveKeys, DiffusionTrainingConfig):
     """Keys of mdlm_dpo, those of preference training among them."""
+
+    supplies: ClassVar[frozenset[Need]] = OF_TEXT | {"bounds"}
 
     learning_rate: float = Field(5e-6, gt=0)
     upper_power: float = later(1.5, gt=0, description="of `spg`: the power of its upper bound; larger is looser")

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from prefmill.distributed.collectives import from_all_ranks
 from prefmill.families.causal.group_layout import compared
 from prefmill.families.mdlm.blocks import block_spans
-from prefmill.families.mdlm.config import DiffusionTrainingConfig, Sampling
+from prefmill.families.mdlm.config import DiffusionPreferenceConfig, DiffusionTrainingConfig, Sampling
 from prefmill.families.mdlm.estimator import Draws, draws_of, recommend_draws
 from prefmill.families.mdlm.scorer import DiffusionBatch, encode_samples, score_batch
 from prefmill.training.batches import GroupPart
@@ -99,7 +99,7 @@ class DiffusionFamily(Family):
     Where upper bounds are wanted they are a last column of both, and all draws are in use.
     """
 
-    supplies: ClassVar[frozenset[Need]] = Family.supplies | {"bounds"}
+    supplies: ClassVar[frozenset[Need]] = DiffusionPreferenceConfig.supplies
 
     live: LiveVariance | None = None
 

@@ -1,0 +1,91 @@
+"""What people type on their first day: each is answered with words that, typed in turn, are accepted."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from prefmill.cli.main import main
+from prefmill.core.config import load
+from prefmill.core.errors import PrefmillError
+from prefmill.families.mdlm.config import DiffusionPreferenceConfig
+from prefmill.pipeline.manual_submission import stage_plan
+from prefmill.pipeline.plan import make_plan, read_pipeline
+from prefmill.store.artifacts import read
+from prefmill.training.preference_config import PreferenceConfig
+from tests.conftest import REPOSITORY
+
+DEMO = REPOSITORY / "configs/pipelines/demo.yaml"
+
+
+def _beta(words: list[str]) -> float:
+    (task,) = (task for task in make_plan(read_pipeline(DEMO, words), DEMO).tasks if task.stage.name == "dpo")
+    assert isinstance(task.config, PreferenceConfig)
+    return task.config.beta
+
+
+@pytest.mark.parametrize("words", [["beta=0.2"], ["dpo.beta", "0.2"], ["dpo:beta=0.2"], ["dpo/beta=0.2"]])
+def test_a_key_written_in_another_way_is_answered_with_the_way_that_works(words: list[str]) -> None:
+    with pytest.raises(PrefmillError) as refused:
+        _beta(words)
+    advice = re.findall(r"[\w.]+=[\w.]+", str(refused.value.details["fix"]))
+    assert "dpo.beta=0.2" in advice
+    assert _beta(["dpo.beta=0.2"]) == 0.2
+
+
+def test_a_flag_of_other_trainers_is_answered_with_the_form_of_a_key(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", str(DEMO), "--dpo.beta=0.2"])
+    assert "STAGE.beta=VALUE" in capsys.readouterr().err
+
+
+def test_an_input_of_a_stage_is_given_as_its_keys_are(tmp_path: Path) -> None:
+    """`expected: inputs.policy=FOLDER` was told, and in a pipeline no such thing was accepted."""
+    tasks = make_plan(read_pipeline(DEMO, [f"dpo.inputs.policy={tmp_path}"]), DEMO).tasks
+    assert [task.inputs["policy"] for task in tasks if task.stage.name == "dpo"] == [(tmp_path,)]
+    by_hand = stage_plan("dpo", [f"dpo.inputs.policy={tmp_path}", "inputs.datasets=d"])[0]
+    assert by_hand.tasks[0].inputs["policy"] == (tmp_path,)
+
+
+def test_a_stage_file_is_found_without_its_ending_and_named_where_it_is_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    inputs = ["inputs.policy=p", "dataset=d.jsonl"]
+    plans = [stage_plan("dpo", [f"configs/dpo/own_pairs{ending}", *inputs])[0] for ending in ("", ".yaml")]
+    assert plans[0].tasks[0].config == plans[1].tasks[0].config
+    with pytest.raises(PrefmillError, match=r"did you mean 'configs/dpo/own_pairs\.yaml'"):
+        stage_plan("dpo", ["own_pairs.yaml", *inputs])
+    with pytest.raises(PrefmillError, match=r"did you mean 'configs/pipelines/demo\.yaml'"):
+        read_pipeline(Path("demo.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys", "told"),
+    [
+        (PreferenceConfig, "loss_type=dpo", "DPO of text is sigmoid"),
+        (PreferenceConfig, "loss_type=spg", "'spg' is an objective of other stages"),
+        (DiffusionPreferenceConfig, "loss_type=flow_dpo", "objectives are sigmoid, .*, espo"),
+        (PreferenceConfig, "loss_type=[]", "give one weight for each objective"),
+        (PreferenceConfig, "loss_type=[sigmoid,sft]", "give one weight for each objective"),
+        (PreferenceConfig, "loss_type=robust", "set label_smoothing"),
+        (PreferenceConfig, "save_steps=7 logging_steps=5", "take save_steps=10"),
+    ],
+)
+def test_what_a_training_would_refuse_is_refused_before_it_is_queued(
+    kind: type[PreferenceConfig], keys: str, told: str
+) -> None:
+    with pytest.raises(PrefmillError, match=told) as refused:
+        load(kind, {}, keys.split())
+    assert "mapo" not in str(refused.value)
+
+
+def test_a_folder_beside_the_artifact_is_answered_with_the_artifact(tmp_path: Path) -> None:
+    task = tmp_path / "tiny_model" / "all"
+    task.mkdir(parents=True)
+    (task / "manifest.json").write_text("{}")
+    for folder, told in {"tiny_model": str(task), "tinymodel/all": "did you mean 'tiny_model'"}.items():
+        with pytest.raises(PrefmillError, match=re.escape(told)):
+            read(tmp_path / folder)
