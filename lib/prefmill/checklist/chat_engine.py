@@ -170,13 +170,10 @@ class ChatEngine(ServerEngine):
     def _read(self, listed: Sequence[_Token]) -> Read:
         # Servers that list the sampled token beside the likeliest ones list it twice: it has its probability once.
         tokens = list({(token.token, repr(token.logprob)): token for token in listed}.values())
-        found = [(_word(token.token), as_logp(token.logprob)) for token in tokens]
-        shares = [(word, math.exp(logp)) for word, logp in found if logp is not None]
+        found = [(_word(token.token), token.logprob, as_logp(token.logprob)) for token in tokens]
+        shares = [(word, math.exp(logp)) for word, _, logp in found if logp is not None]
         # Without a number, as with NaN, nobody knows how much an answer has.
-        known = [as_logp(token.logprob) is not None or is_nothing(token.logprob) for token in tokens]
-        unknown = [
-            token for token, said in zip(tokens, known, strict=True) if not said and _word(token.token) in _ANSWERS
-        ]
+        unknown = any(word in _ANSWERS and logp is None and not is_nothing(said) for word, said, logp in found)
         # Different tokens share 1 at most: a server that writes 0 for each would give every one probability 1.
         if unknown or not shares or sum(share for _, share in shares) > 1.01:
             raise InputError(
