@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from operator import attrgetter
+from operator import attrgetter, itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,29 +53,28 @@ def check_against_source(
     leaks: Leaks,
 ) -> None:
     """Compare the rows of well-formed, sorted datasets with their source; note held-out papers in `leaks`."""
-    rows = groupby(_merged(folder, keys), attrgetter("paper_id"))
-    head = next(rows, None)
     lines = _Lines()
     num_papers = next(entry.rows for entry in corpus.manifest.files if entry.path == PAPERS)
     sources = tqdm(_sources(corpus, scores), "checking source", num_papers, unit="paper", mininterval=1.0)
-    for source in sources:
-        paper_id = source.paper["paper_id"]
-        lines.advance(source)
-        while head is not None and head[0] < paper_id:
-            _report_unknown(head[1], findings)
-            head = next(rows, None)
-        if head is not None and head[0] == paper_id:
-            # Used up before the next group is asked for: groupby then empties this one.
-            for example in head[1]:
-                for problem in source_problems(example, source, claims):
+    rows = groupby(_merged(folder, keys), attrgetter("paper_id"))
+    # Of one paper the source comes first. A group is used up before the next is asked for: groupby then empties it.
+    merged: Iterator[tuple[str, Source | Iterator[CheckedRow]]] = heapq.merge(
+        ((one.paper["paper_id"], one) for one in sources), rows, key=itemgetter(0)
+    )
+    paper: Source | None = None
+    for paper_id, found in merged:
+        if isinstance(found, Source):
+            paper = found
+            lines.advance(paper)
+            # Train and val are noted where the datasets' rows are read; these papers are in no dataset.
+            if paper.paper["split"] in ("dev", "test"):
+                _note_held_out(paper, leaks, lines)
+        elif paper is None or paper.paper["paper_id"] != paper_id:
+            _report_unknown(found, findings)
+        else:
+            for example in found:
+                for problem in source_problems(example, paper, claims):
                     findings.error("source", example.where, problem)
-            head = next(rows, None)
-        # Train and val are noted where the datasets' rows are read; these papers are in no dataset.
-        if source.paper["split"] in ("dev", "test"):
-            _note_held_out(source, leaks, lines)
-    while head is not None:
-        _report_unknown(head[1], findings)
-        head = next(rows, None)
 
 
 def source_problems(example: CheckedRow, source: Source, claims: Claims) -> Iterator[str]:
