@@ -77,10 +77,11 @@ def train_dpo(
     reader = open_reader(policy, tokenizer, rows, **options)
     groups = load_groups(train, tokenizer, config, task, shuffle=config.shuffle_labels, reader=reader)
     held_out = load_groups(val, tokenizer, config, task, reader=reader) if val is not None else []
-    rows.tell_unread_without(any(group.images for group in [*groups, *held_out]))
-    used = [ids for group in [*groups, *held_out] for ids in (group.prompt, *group.responses)]
+    read = [*groups, *held_out]
+    rows.tell_unread_without(any(group.images for group in read))
+    used = [ids for group in read for ids in (group.prompt, *group.responses)]
     check_tokens(policy, tokenizer, used, config)
-    check_positions(policy, (length for group in [*groups, *held_out] for length in group.lengths), config)
+    check_positions(policy, (length for group in read for length in group.lengths), config)
     settings = Settings(config.beta, config.label_smoothing, config.simpo_gamma)
     objective = mix(config.loss_type, config.loss_weights, settings, Family.supplies)
     check_reference(config, objective, policy, tokenizer, used)
