@@ -11,10 +11,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from textwrap import shorten
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from prefmill.cli.pipelines import new_command, workspace_of
 from prefmill.core.figures import columns
+
+if TYPE_CHECKING:
+    from prefmill.report.run_comparison import RunComparison
 
 
 def add_housekeeping(commands: Any) -> None:
@@ -81,7 +84,7 @@ def _compare(arguments: argparse.Namespace) -> None:
     from prefmill.core.places import COMPARISONS
     from prefmill.core.statistics import Resampling
     from prefmill.pipeline.run_record import run_tasks
-    from prefmill.report.run_comparison import compare_runs, comparison_page, finished_outputs, show
+    from prefmill.report.run_comparison import compare_runs, comparison_page, finished_outputs
 
     workspace, runs = _named_runs(arguments)
     if len(runs) < 2:
@@ -91,6 +94,15 @@ def _compare(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(asdict(found), indent=1))
         return
+    _print_comparison(found)
+    page = arguments.output or workspace / "data" / COMPARISONS / f"{'-'.join(found.runs)}.html"
+    write_atomic(page, comparison_page(found))
+    print(page)
+
+
+def _print_comparison(found: RunComparison) -> None:
+    from prefmill.report.run_comparison import show
+
     for heading, lines in (("KEY", found.keys), ("METRIC", found.metrics)):
         rows = [(line.task, line.name, *map(show, line.values)) for line in lines]
         print_table(("TASK", heading, *found.runs), rows) if rows else print(f"no {heading.lower()} differs")
@@ -99,10 +111,8 @@ def _compare(arguments: argparse.Namespace) -> None:
         print_table(("TASK", "PAIRED BY PAPER", "RUN", f"DIFFERENCE TO {found.runs[0]} (95% INTERVAL)"), paired)
     elif not found.notes:
         print("nothing to pair by paper: no task evaluated reviews in both")
-    print(*(f"not paired: {note}" for note in found.notes), sep="\n", end="\n" if found.notes else "")
-    page = arguments.output or workspace / "data" / COMPARISONS / f"{'-'.join(found.runs)}.html"
-    write_atomic(page, comparison_page(found))
-    print(page)
+    for note in found.notes:
+        print(f"not paired: {note}")
 
 
 def _remove(arguments: argparse.Namespace) -> None:
