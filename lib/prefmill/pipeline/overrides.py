@@ -102,19 +102,21 @@ def _require_stages(overrides: Sequence[str], stages: Sequence[str], keys: Seque
         head, dot, key = re.sub("[:/]", ".", written).partition(".")
         if head in keys:
             continue
-        if not dot or head in stages:
-            meant = [f"{head}.{key}"] if dot else [f"{name}.{head}" for name in stages if _has_key(name, head)]
-            if meant:
-                raise ConfigError(
-                    f"'{written}' is no key of a pipeline", where="the command line", got=item,
-                    expected=", ".join(keys), fix=f"write {' or '.join(f'{name}={text}' for name in meant)}",
-                )  # fmt: skip
-        else:
-            near = difflib.get_close_matches(head, stages, n=1, cutoff=0.6)
+        if dot and head not in stages:
+            raise _no_stage(head, key, item, stages)
+        if meant := [f"{head}.{key}"] if dot else [f"{name}.{head}" for name in stages if _has_key(name, head)]:
             raise ConfigError(
-                f"no stage '{head}' in this pipeline" + (f" (did you mean '{near[0]}.{key}'?)" if near else ""),
-                where="the command line", got=item, expected=", ".join(stages), fix="write STAGE.KEY=VALUE",
+                f"'{written}' is no key of a pipeline", where="the command line", got=item,
+                expected=", ".join(keys), fix=f"write {' or '.join(f'{name}={text}' for name in meant)}",
             )  # fmt: skip
+
+
+def _no_stage(name: str, key: str, item: str, stages: Sequence[str]) -> ConfigError:
+    near = difflib.get_close_matches(name, stages, n=1, cutoff=0.6)
+    return ConfigError(
+        f"no stage '{name}' in this pipeline" + (f" (did you mean '{near[0]}.{key}'?)" if near else ""),
+        where="the command line", got=item, expected=", ".join(stages), fix="write STAGE.KEY=VALUE",
+    )  # fmt: skip
 
 
 def _has_key(stage: str, key: str) -> bool:
