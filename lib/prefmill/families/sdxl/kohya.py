@@ -86,11 +86,12 @@ def read_factors(file: Path) -> tuple[dict[str, dict[str, Tensor]], DoraNorm]:
 
 def _module_and_factor(key: str) -> tuple[str, str]:
     """A key's module by kohya's name, and its factor; most other tools' names have the modules' own dots."""
-    if start := next((start for start in _STARTS if key.startswith(start)), None):
-        known = next((name for name in (*_FACTORS, *_PEFTS) if key.endswith(f".{name}")), key.rpartition(".")[2])
-        layer = key.removeprefix(start).removesuffix(f".{known}").replace(".", "_")
-        key = f"{_STARTS[start]}{layer}.{known}"
-    module, _, factor = key.partition(".")
+    start = next((start for start in _STARTS if key.startswith(start)), "")
+    name = key.removeprefix(start)
+    if start.endswith("."):
+        known = next((factor for factor in (*_FACTORS, *_PEFTS) if key.endswith(f".{factor}")), key.rpartition(".")[2])
+        name = name.removesuffix(f".{known}").replace(".", "_") + f".{known}"
+    module, _, factor = f"{_STARTS.get(start, '')}{name}".partition(".")
     return module, _PEFTS.get(factor, factor)
 
 
@@ -99,6 +100,9 @@ def merge(pipeline: Any, file: Path, factors: Mapping[str, Factors], norm: DoraN
 
     Raises InputError for a key that has no place or no meaning here.
     """
+    for name, given in factors.items():
+        if unknown := sorted(set(given) - _FACTORS):
+            raise _of_another_kind(file, name, ", ".join(unknown))
     places = dict(_places(pipeline))
     lost = sorted(set(factors) - set(places))
     if lost:
@@ -113,17 +117,19 @@ def merge(pipeline: Any, file: Path, factors: Mapping[str, Factors], norm: DoraN
             for part, changed in zip(parts, torch.split(new, [len(part) for part in parts]), strict=True):
                 part.copy_(changed)
         except (KeyError, RuntimeError) as error:
-            raise InputError(
-                "an adapter of another kind or shape", where=f"{file}: {name}", got=str(error).splitlines()[0],
-                expected="LoRA, LoCon, LoHa, LoKr, a whole difference or DoRA of this pipeline",
-                fix="merge it into its base with the tool that made it, and give that pipeline",
-            ) from None  # fmt: skip
+            raise _of_another_kind(file, name, str(error).splitlines()[0]) from None
+
+
+def _of_another_kind(file: Path, module: str, got: str) -> InputError:
+    return InputError(
+        "an adapter of another kind or shape", where=f"{file}: {module}", got=got,
+        expected="LoRA, LoCon, LoHa, LoKr, a whole difference or DoRA of this pipeline",
+        fix="merge it into its base with the tool that made it, and give that pipeline",
+    )  # fmt: skip
 
 
 def adapted(weight: Tensor, given: Factors, norm: DoraNorm, scale: float) -> Tensor:
     """`weight` and `scale` times an adapter's change of it, as LyCORIS computes that; `base` is ComfyUI's DoRA."""
-    if unknown := sorted(set(given) - _FACTORS):
-        raise KeyError(*unknown)
     kinds = {name.partition("_")[0] for name in given} - {"alpha", "dora"}
     if len(kinds) > 1:
         raise KeyError(*sorted(kinds))
