@@ -14,7 +14,7 @@ from prefmill.families.causal.loading import loading
 from prefmill.families.sdxl.backbone import BACKBONES, Backbone, denoiser, unpack
 from prefmill.families.sdxl.folders import ADAPTER_FILE
 from prefmill.families.sdxl.kohya import merge, read_factors
-from prefmill.families.sdxl.whole import require_place, require_whole_adapter
+from prefmill.families.sdxl.whole import require_place, require_whole_adapter, unfitting
 from prefmill.training.adapter_folder import PEFT_WEIGHTS
 from prefmill.training.finished import tensor_names
 
@@ -169,12 +169,15 @@ def add_adapter(pipeline: Any, folder: Path, scale: float) -> None:
     require_place(pipeline, file)
     model, given = denoiser(pipeline), {"weight_name": file.name, "adapter_name": _ADAPTER_NAME}
     modules = {name for name, _ in model.named_modules()}
-    with loading("the adapter", file):
-        if any(key.partition(".lora_")[0] in modules for key in tensor_names(file)):
-            model.load_lora_adapter(file.parent, prefix=None, **given)  # as save_lora_adapter wrote it
-        else:
-            pipeline.load_lora_weights(file.parent, **given)
-        require_place(pipeline, file, _ADAPTER_NAME)
+    try:
+        with loading("the adapter", file):
+            if any(key.partition(".lora_")[0] in modules for key in tensor_names(file)):
+                model.load_lora_adapter(file.parent, prefix=None, **given)  # as save_lora_adapter wrote it
+            else:
+                pipeline.load_lora_weights(file.parent, **given)
+    except InputError as error:  # the file is sound: it was read above
+        raise unfitting(file, str(error.details["got"]), f"a LoRA of {type(pipeline).__name__}") from error
+    require_place(pipeline, file, _ADAPTER_NAME)
     require_whole_adapter(pipeline, file, _ADAPTER_NAME)
     _scale(pipeline, scale)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from prefmill.core.errors import InputError
 from prefmill.families.sdxl.joined_layers import Layer, original_layers
+from prefmill.families.sdxl.whole import unfitting
 
 DORA_NORM = "prefmill_dora_norm"
 DoraNorm = Literal["base", "merged"]
@@ -106,23 +107,24 @@ def merge(pipeline: Any, file: Path, factors: Mapping[str, Factors], norm: DoraN
     places = dict(_places(pipeline))
     lost = sorted(set(factors) - set(places))
     if lost:
-        raise InputError(
-            "the adapter does not fit the pipeline", where=file, got=f"{len(lost)} modules it lacks, as {lost[0]}",
-            expected="modules of this pipeline", fix="give the base that it was trained on",
-        )  # fmt: skip
+        raise unfitting(file, f"{len(lost)} modules it lacks, as {lost[0]}", "modules of this pipeline")
     for name, given in factors.items():
         parts = [part.data for part in places[name]]
+        weight = torch.cat(parts).float()
         try:
-            new = adapted(torch.cat(parts).float(), given, norm, scale)
+            new = adapted(weight, given, norm, scale)
             for part, changed in zip(parts, torch.split(new, [len(part) for part in parts]), strict=True):
                 part.copy_(changed)
-        except (KeyError, RuntimeError) as error:
-            raise _of_another_kind(file, name, str(error).splitlines()[0]) from None
+        except KeyError as error:
+            raise _of_another_kind(file, name, str(error)) from None
+        except RuntimeError as error:
+            got = str(error).splitlines()[0]
+            raise unfitting(f"{file}: {name}", got, f"factors of a weight of {[*weight.shape]}") from None
 
 
 def _of_another_kind(file: Path, module: str, got: str) -> InputError:
     return InputError(
-        "an adapter of another kind or shape", where=f"{file}: {module}", got=got,
+        "an adapter of another kind", where=f"{file}: {module}", got=got,
         expected="LoRA, LoCon, LoHa, LoKr, a whole difference or DoRA of this pipeline",
         fix="merge it into its base with the tool that made it, and give that pipeline",
     )  # fmt: skip

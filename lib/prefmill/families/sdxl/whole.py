@@ -57,12 +57,19 @@ def require_place(pipeline: Any, file: Path, name: str | None = None) -> None:
         )  # fmt: skip
     has_place = name is None or any(name in names for names in pipeline.get_list_adapters().values())
     if not has_place or not is_lora:
-        raise InputError(
-            "the adapter does not fit the pipeline", where=file, got=f"keys such as {next(iter(keys), 'none')}",
-            expected=f"a LoRA's keys of {type(pipeline).__name__}, by diffusers' or kohya's names",
-            fix="give the base that it was trained on; of sdxl_dpo's output the folder itself; textual inversions, "
-            "ControlNets and IP-Adapters are not read",
+        raise unfitting(
+            file, f"keys such as {next(iter(keys), 'none')}",
+            f"a LoRA's keys of {type(pipeline).__name__}, by diffusers' or kohya's names",
+            "; of sdxl_dpo's output the folder itself; textual inversions, ControlNets and IP-Adapters are not read",
         )  # fmt: skip
+
+
+def unfitting(where: object, got: str, expected: str, more: str = "") -> InputError:
+    """The error of an adapter that has no place in a pipeline, mostly one of another base."""
+    return InputError(
+        "the adapter does not fit the pipeline", where=where, got=got, expected=expected,
+        fix=f"give the base that it was trained on{more}",
+    )  # fmt: skip
 
 
 def require_whole_adapter(pipeline: Any, file: Path, name: str) -> None:
@@ -76,11 +83,8 @@ def require_whole_adapter(pipeline: Any, file: Path, name: str) -> None:
     lost = any(places < wanted for places, wanted in zip(found, given, strict=True))
     if lost or any(value.is_meta for _, value in weights):
         counts = f"{given[0]} pairs of factors and {given[1]} magnitudes, places for {found[0]} and {found[1]}"
-        raise InputError(
-            "the adapter does not fit the pipeline", where=file, expected="one that is read whole",
-            got=counts if lost else "factors or magnitudes that the file lacks",
-            fix="give the base that it was trained on, and the file as it was written",
-        )  # fmt: skip
+        got = counts if lost else "factors or magnitudes that the file lacks"
+        raise unfitting(file, got, "one that is read whole", ", and the file as it was written")
     if given[1]:
         _require_magnitudes([value for key, value in weights if "lora_magnitude_vector" in key], file)
 
