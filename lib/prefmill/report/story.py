@@ -148,7 +148,7 @@ def _how_sure(pair: Mapping[str, Any], confidence: float) -> str:
     parts = [
         f"{pair['candidate']} − {pair['baseline']} = {with_interval(score, '+.2f')}, "
         f"{p_text(score['p_holm'])} after Holm's correction, over "
-        f"{score['num_papers']} papers; its review scores higher in {wins['value']:.0%} of comparisons on one paper."
+        f"{score['num_papers']} papers; on the same paper its review scores higher {wins['value']:.0%} of the time."
     ]
     if (factors := pair["measures"].get(FACTORS)) is not None:
         verdict = judge(factors, confidence)

@@ -6,7 +6,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from prefmill.core.errors import ConfigError, nearest
+from prefmill.core.errors import ConfigError
 from prefmill.core.stage import Task
 from prefmill.distributed.devices import claim_device, has_gpu
 from prefmill.training.config import TrainingConfig, accumulation
@@ -61,7 +61,7 @@ def trainer_arguments(config: TrainingConfig, task: Task, world_size: int) -> di
         "disable_tqdm": False,
         "torch_compile": config.torch_compile and not config.compiles_itself,
         "full_determinism": config.deterministic,
-        **_optimizer(config.optim),
+        **({} if config.optim is None else {"optim": config.optim}),
         **_liger(config.use_liger_kernel),
     }
 
@@ -99,19 +99,6 @@ def _refused(error: Exception) -> ConfigError:
         where="optim, lr_scheduler_type, lr_scheduler_kwargs", got=" ".join(str(error).split())[:300],
         fix="correct lr_scheduler_kwargs, or leave it, lr_scheduler_type and optim out: they then need nothing",
     )  # fmt: skip
-
-
-def _optimizer(name: str | None) -> dict[str, Any]:
-    """The optimizer that the configuration names; the Trainer's own choice where it names none."""
-    from transformers.training_args import OptimizerNames
-
-    known = [item.value for item in OptimizerNames]
-    if name is not None and name not in known:
-        raise ConfigError(
-            f"no such optimizer{nearest(name, known)}", where="optim", got=name, expected=", ".join(known),
-            fix="correct optim, or leave it out: adamw_torch_fused",
-        )  # fmt: skip
-    return {} if name is None else {"optim": name}
 
 
 def _liger(wanted: bool) -> dict[str, Any]:

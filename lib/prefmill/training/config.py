@@ -17,6 +17,7 @@ from prefmill.core.stage import Task
 from prefmill.distributed.deepspeed_file import require_accumulation, require_agreement
 from prefmill.training.adapter_folder import adapter_at, base_of, base_revision, lora_of, template_of
 from prefmill.training.objective_names import listed
+from prefmill.training.transformers_names import Optimizer, Schedule
 
 OF_TEXT_MODELS = ("max_length", "on_overlong", "trust_remote_code")  # of TrainingConfig, without effect on images
 
@@ -97,7 +98,7 @@ class TrainingConfig(StrictConfig):
     effective_batch_size: int = Field(
         16, ge=1, description="rows per optimizer step over all ranks; accumulation is derived from it"
     )
-    lr_scheduler_type: str = Field("cosine", description="transformers' name of the schedule")
+    lr_scheduler_type: Schedule = Field("cosine", description="transformers' name of the schedule")
     lr_scheduler_kwargs: dict[str, Any] = later(
         {}, description="of the schedule, such as {min_lr_rate: 0.1} of cosine_with_min_lr"
     )
@@ -116,7 +117,7 @@ class TrainingConfig(StrictConfig):
     )
     fsdp: bool = Field(False, description="shard weights, gradients and optimizer with FSDP2; instead of `deepspeed`")
     seed: int = Field(42, description="of adapters and of the order of rows")
-    optim: str | None = later(None, description="transformers' name of the optimizer; none: the Trainer's default")
+    optim: Optimizer | None = later(None, description="transformers' name of it; none: the Trainer's default")
     use_liger_kernel: bool = later(False, description="Liger's kernels (package liger-kernel)")
     torch_compile: bool = later(False, description="compile the model")
     deterministic: bool = later(False, description="the same bits on a GPU too, slower")

@@ -16,10 +16,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from prefmill.core.config import identity, validate
 from prefmill.core.errors import ConfigError, DivergedError
 from prefmill.core.stage import Task, load_stage
+from prefmill.pipeline.manual_submission import stage_plan
 from prefmill.pipeline.subprocess_runner import allocator
 from prefmill.store.jsonl import read_jsonl, write_jsonl
 from prefmill.training.arguments import trainer_arguments
@@ -27,6 +30,7 @@ from prefmill.training.callbacks import check_every_step
 from prefmill.training.checkpoints import STEPS, read_curve
 from prefmill.training.config import TrainingConfig
 from prefmill.training.telemetry import ALARMS
+from prefmill.training.transformers_names import OPTIMIZERS, SCHEDULES
 from tests.tiny import pair_rows
 from tests.unit.training.test_group_training import SMALL, curve, train
 
@@ -65,9 +69,17 @@ def test_a_key_reaches_the_trainer(keys: dict[str, Any], name: str, value: Any, 
     assert getattr(arguments(tmp_path, **keys), name) == value
 
 
-def test_an_unknown_optimizer_is_refused_with_the_nearest(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"no such optimizer \(did you mean 'adamw_torch'\?\)"):
-        arguments(tmp_path, optim="adamw_torhc")
+@pytest.mark.parametrize(
+    ("key", "typed", "meant"), [("optim", "adamw_torhc", "adamw_torch"), ("lr_scheduler_type", "linaer", "linear")]
+)
+def test_a_misspelt_name_of_transformers_is_refused_before_the_queue(key: str, typed: str, meant: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{key} = '{typed}'.*did you mean '{meant}'"):
+        stage_plan("sft", [f"{key}={typed}", "model_name_or_path=m", "dataset=d.jsonl"])
+
+
+def test_its_names_are_those_that_transformers_has() -> None:
+    assert set(SCHEDULES) == {item.value for item in SchedulerType}
+    assert set(OPTIMIZERS) == {item.value for item in OptimizerNames}
 
 
 def test_a_schedule_takes_its_keys(tmp_path: Path, tiny_qwen2: Path) -> None:

@@ -12,6 +12,7 @@ from prefmill.core.places import expand_home
 from prefmill.families.sdxl.folders import is_pipeline_adapter, merged_once
 from prefmill.training.config import OF_TEXT_MODELS, LoraConfig, TrainingConfig
 from prefmill.training.objective_names import ObjectiveName
+from prefmill.training.transformers_names import Optimizer
 
 ATTENTION = ("sdpa", "xformers", "sliced")
 MAPO = {"beta": 0.1, "mapo_snr": 0.5}  # its authors' numbers (train.py of mapo-t2i)
@@ -92,7 +93,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     use_ema: bool = Field(False, description="publish the moving average of the weights")
     # The default of diffusers' EMAModel.
     ema_decay: float = Field(0.9999, gt=0, lt=1, description="of the moving average")
-    optim: str | None = "adamw_torch_fused"
+    optim: Optimizer | None = "adamw_torch_fused"
     torch_compile: bool = False
 
     logging_steps: int = runtime(50, ge=1)
