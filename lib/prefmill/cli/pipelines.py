@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from prefmill.cli.console import Console, add_verbosity
-from prefmill.core.terminal import paint_states
+from prefmill.core.terminal import paint_states, say_on
 
 Command = Callable[[argparse.Namespace], int | None]
 _NEWEST = {"default": "latest", "help": "the run's name (default: the newest)"}
@@ -104,6 +104,7 @@ def at_least(least: int) -> Callable[[str], int]:
 def _run(arguments: argparse.Namespace) -> int:
     from prefmill.cli.headlines import describe
     from prefmill.distributed.launchers import leave_ranks, refuse_copies
+    from prefmill.pipeline.checked_plan import require_here
     from prefmill.pipeline.local import RunOptions, run_plan
     from prefmill.slurm.sightings import live_elements
     from prefmill.slurm.submission import submissions
@@ -113,6 +114,7 @@ def _run(arguments: argparse.Namespace) -> int:
     _, plan = load_plan(arguments)
     if arguments.dry_run:
         return _show_plan(plan, arguments.only, arguments.force)
+    require_here(plan, _selected(plan, arguments.only))
     say = Console(arguments, plan.workspace / "logs" / plan.run)
     if live := live_elements(submissions(plan.workspace, plan.run)):
         say(f"! {len(live)} jobs of this run are queued or running, and make what this command finds unmade: "
@@ -133,6 +135,7 @@ def _submit(arguments: argparse.Namespace) -> None:
         cluster = read_cluster(arguments.cluster)
     if offer is not None:
         check_requests(pipeline, plan, cluster, offer.result())
+    _tell_not_here(plan, arguments.only)
     submit(pipeline, plan, arguments.pipeline, cluster, arguments.only, arguments.dry_run)
 
 
@@ -144,7 +147,7 @@ def _show_plan(plan: Any, only: str | None = None, force: bool = False, as_json:
     from prefmill.pipeline.state import inspect
 
     # Of all tasks, where only some are shown too: a task's state follows from those it reads from.
-    states, tasks = inspect(plan), plan.select(only) if only else plan.tasks
+    states, tasks = inspect(plan), _selected(plan, only)
     if as_json:
         rows = [{"task": task.key, "output": str(task.output), **asdict(states[task.key])} for task in tasks]
         print(json.dumps({"run": plan.run, "workspace": str(plan.workspace), "tasks": rows}, indent=1))
@@ -154,7 +157,20 @@ def _show_plan(plan: Any, only: str | None = None, force: bool = False, as_json:
         state = states[task.key]
         forced = ("remade as asked (--force)",) if force and state.freshness == "complete" else state.reasons
         print(paint_states(f"  {task.key:<28} {state.freshness:<9} {'; '.join(forced)}"))
+    _tell_not_here(plan, only)
     return 0
+
+
+def _selected(plan: Any, only: str | None) -> Any:
+    return plan.select(only) if only else plan.tasks
+
+
+def _tell_not_here(plan: Any, only: str | None) -> None:
+    """Name what tasks are to read and this machine lacks; the disks of compute nodes may have it."""
+    from prefmill.pipeline.checked_plan import not_here
+
+    for key, path in not_here(plan, _selected(plan, only)):
+        say_on(f"! {key} is to read {path}, which is not on this machine")
 
 
 def _why(arguments: argparse.Namespace) -> None:

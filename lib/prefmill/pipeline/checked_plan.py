@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from prefmill.core.config import identity
 from prefmill.core.errors import PipelineError
+from prefmill.core.places import MANIFEST
 from prefmill.core.stage import Reads
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 
@@ -17,6 +20,26 @@ def plan_to_run(pipeline: PipelineFile, source: Path) -> Plan:
             if reads.instead_of:
                 _require_one_source(task, name, reads, source)
     return plan
+
+
+def not_here(plan: Plan, tasks: Sequence[PlannedTask]) -> Iterator[tuple[str, Path]]:
+    """What unfinished tasks are to read that no task makes and this machine lacks, each with the task's key."""
+    made = {task.output for task in plan.tasks}
+    for task in (task for task in tasks if not (task.output / MANIFEST).is_file()):
+        paths: list[Path] = []
+        identity(task.config, paths.append)
+        paths += [path for given in task.inputs.values() for path in given]
+        yield from ((task.key, path) for path in paths if not path.exists() and made.isdisjoint([path, *path.parents]))
+
+
+def require_here(plan: Plan, tasks: Sequence[PlannedTask]) -> None:
+    """Raise PipelineError for what `not_here` finds: the task would fail hours later."""
+    if found := list(not_here(plan, tasks)):
+        raise PipelineError(
+            "what tasks of this run are to read is not there",
+            got="\n" + "\n".join(f"    {key}: {path}" for key, path in found),
+            fix="correct the path, or limit the run to other stages with --only",
+        )  # fmt: skip
 
 
 def _require_one_source(task: PlannedTask, name: str, reads: Reads, source: Path) -> None:

@@ -11,6 +11,7 @@ from prefmill.cli.main import main
 from prefmill.core.config import load
 from prefmill.core.errors import PrefmillError
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
+from prefmill.pipeline.checked_plan import not_here
 from prefmill.pipeline.manual_submission import stage_plan
 from prefmill.pipeline.plan import make_plan, read_pipeline
 from prefmill.store.artifacts import read
@@ -89,3 +90,32 @@ def test_a_folder_beside_the_artifact_is_answered_with_the_artifact(tmp_path: Pa
     for folder, told in {"tiny_model": str(task), "tinymodel/all": "did you mean 'tiny_model'"}.items():
         with pytest.raises(PrefmillError, match=re.escape(told)):
             read(tmp_path / folder)
+
+
+def test_a_path_that_is_misspelt_is_told_before_the_stages_that_come_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Reviews were ingested and scored for hours before the training said that its file is not there."""
+    misspelt = tmp_path / "template.jinga"
+    few = "ingest_reviews.sources=[{format: generated, num_papers: 40}]"
+    words = [str(DEMO), f"workspace={tmp_path}", few, f"sft.chat_template={misspelt}"]
+    assert main(["run", *words]) == 2
+    assert f"sft:clean: {misspelt}" in capsys.readouterr().err
+    assert not (tmp_path / "data").exists()
+    for words_of_a_look in (
+        ["plan"],
+        ["submit", "--dry-run", "--cluster", str(REPOSITORY / "configs/clusters/test.yaml")],
+    ):
+        assert main([*words_of_a_look, *words]) == 0
+        assert f"! sft:clean is to read {misspelt}" in capsys.readouterr().out
+    # The advice is accepted, and so is the file once it is there.
+    assert main(["run", *words, "--only", "ingest_reviews"]) == 0
+    misspelt.write_text("{{ messages }}")
+    assert main(["run", *words, "--only", "ingest_reviews"]) == 0
+
+
+def test_a_file_that_a_task_of_the_plan_makes_is_not_missed(tmp_path: Path) -> None:
+    made = f"score_reviews.checklist={tmp_path}/data/demo/judge_quality/all/checklist.json"
+    other = f"score_reviews.checklist={tmp_path}/data/other/judge_quality/all/checklist.json"
+    plans = [make_plan(read_pipeline(DEMO, [f"workspace={tmp_path}", given]), DEMO) for given in (made, other)]
+    assert [len(list(not_here(plan, plan.tasks))) for plan in plans] == [0, 2]
