@@ -7,7 +7,7 @@ from pathlib import Path
 
 from prefmill.core.config import identity
 from prefmill.core.errors import PipelineError
-from prefmill.core.places import MANIFEST
+from prefmill.core.places import MANIFEST, expand_home, looks_local
 from prefmill.core.stage import Reads
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 
@@ -29,6 +29,9 @@ def not_here(plan: Plan, tasks: Sequence[PlannedTask]) -> Iterator[tuple[str, Pa
         paths: list[Path] = []
         identity(task.config, paths.append)
         paths += [path for given in task.inputs.values() for path in given]
+        # Not of an engine inside it: a server's name for a model may be a path of its own machine.
+        if looks_local(model := str(getattr(task.config, "model_name_or_path", ""))):
+            paths.append(expand_home(model).absolute())
         yield from ((task.key, path) for path in paths if not path.exists() and made.isdisjoint([path, *path.parents]))
 
 

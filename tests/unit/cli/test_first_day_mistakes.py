@@ -18,7 +18,7 @@ from prefmill.store.artifacts import read
 from prefmill.training.preference_config import PreferenceConfig
 from tests.conftest import REPOSITORY
 
-DEMO = REPOSITORY / "configs/pipelines/demo.yaml"
+DEMO, REVIEWS = (REPOSITORY / f"configs/pipelines/{name}.yaml" for name in ("demo", "demo_model"))
 
 
 def _beta(words: list[str]) -> float:
@@ -112,6 +112,18 @@ def test_a_path_that_is_misspelt_is_told_before_the_stages_that_come_first(
     assert main(["run", *words, "--only", "ingest_reviews"]) == 0
     misspelt.write_text("{{ messages }}")
     assert main(["run", *words, "--only", "ingest_reviews"]) == 0
+
+
+def test_a_model_in_a_folder_that_is_not_there_is_told_and_names_of_the_hub_and_of_servers_are_not(
+    tmp_path: Path,
+) -> None:
+    def missed(words: list[str]) -> list[tuple[str, Path]]:
+        plan = make_plan(read_pipeline(REVIEWS, [f"workspace={tmp_path}", *words]), REVIEWS)
+        return [(key, path) for key, path in not_here(plan, plan.tasks) if key.startswith(("sft", "score"))]
+
+    assert missed([f"sft.model_name_or_path={tmp_path}/qwen"]) == [("sft:clean", tmp_path / "qwen")]
+    served = "score_reviews.engine={engine: chat, model_name_or_path: /models/judge}"
+    assert missed(["sft.model_name_or_path=Qwen/Qwen3-4B", served]) == []
 
 
 def test_a_file_that_a_task_of_the_plan_makes_is_not_missed(tmp_path: Path) -> None:
