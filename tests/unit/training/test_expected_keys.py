@@ -99,7 +99,7 @@ def test_a_schedule_takes_its_keys(tmp_path: Path, tiny_qwen2: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "why"),
     [
-        ({"lr_scheduler_type": "cosin"}, "not a valid SchedulerType"),
+        ({"lr_scheduler_type": "cosin"}, "did you mean 'cosine'"),
         ({"lr_scheduler_type": "reduce_lr_on_plateau"}, "requires an eval strategy"),
         ({"lr_scheduler_type": "warmup_stable_decay"}, "num_decay_steps"),
         ({"lr_scheduler_type": "cosine_with_min_lr"}, "min_lr"),
