@@ -84,11 +84,15 @@ def _check_command(parser: argparse.ArgumentParser, words: list[str]) -> None:
     from prefmill.core.errors import PipelineError, nearest
 
     names = list(commands)
-    is_stage = (stages_folder() / f"{words[0]}.py").is_file()
+    is_stage = _is_stage(words[0])
     raise PipelineError(
         f"no command '{words[0]}'{'' if is_stage else nearest(words[0], names)}", expected=", ".join(names),
         fix=f"a stage is run with python -m {STAGES}.{words[0]} CONFIG" if is_stage else "see prefmill --help",
     )  # fmt: skip
+
+
+def _is_stage(name: str) -> bool:
+    return (stages_folder() / f"{name}.py").is_file()
 
 
 def _refuse(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
@@ -100,7 +104,9 @@ def _refuse(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
     keys = ["run=", "workspace="] * any(action.dest == "overrides" for action in parser._actions)
     hint = nearest(wrong, [*options_of(parser), *keys])
     if keys and not hint and wrong.startswith("--"):
-        hint = f"; a key is written without dashes, after its stage: STAGE.{wrong.lstrip('-').rpartition('.')[2]}=VALUE"
+        key = wrong.lstrip("-").replace("-", "_")
+        stage = "" if _is_stage(key.partition(".")[0]) else "STAGE."
+        hint = f"; a key is written without dashes, after its stage: {stage}{key}=VALUE"
     parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
 
 

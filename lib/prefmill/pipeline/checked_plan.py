@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,7 +25,7 @@ def plan_to_run(pipeline: PipelineFile, source: Path) -> Plan:
 
 def not_here(plan: Plan, tasks: Sequence[PlannedTask]) -> Iterator[tuple[str, Path]]:
     """What unfinished tasks are to read that no task makes and this machine lacks, each with the task's key."""
-    made = {task.output for task in plan.tasks}
+    made = {task.output.resolve() for task in plan.tasks}
     for task in (task for task in tasks if not (task.output / MANIFEST).is_file()):
         paths: list[Path] = []
         identity(task.config, paths.append)
@@ -32,7 +33,11 @@ def not_here(plan: Plan, tasks: Sequence[PlannedTask]) -> Iterator[tuple[str, Pa
         # Not of an engine inside it: a server's name for a model may be a path of its own machine.
         if looks_local(model := str(getattr(task.config, "model_name_or_path", ""))):
             paths.append(expand_home(model).absolute())
-        yield from ((task.key, path) for path in paths if not path.exists() and made.isdisjoint([path, *path.parents]))
+        # os.path: a folder that may not be looked into is no reason to stop here.
+        for path in (path for path in paths if not os.path.exists(path)):
+            resolved = path.resolve()
+            if made.isdisjoint([resolved, *resolved.parents]):
+                yield task.key, path
 
 
 def require_here(plan: Plan, tasks: Sequence[PlannedTask]) -> None:

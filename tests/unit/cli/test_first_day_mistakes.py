@@ -36,10 +36,20 @@ def test_a_key_written_in_another_way_is_answered_with_the_way_that_works(words:
     assert _beta(["dpo.beta=0.2"]) == 0.2
 
 
-def test_a_flag_of_other_trainers_is_answered_with_the_form_of_a_key(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("flag", "told"),
+    [
+        ("--dpo.beta=0.2", "dpo.beta=VALUE"),
+        ("--learning-rate=1", "STAGE.learning_rate=VALUE"),
+        ("--lora.r=8", "STAGE.lora.r=VALUE"),
+    ],
+)
+def test_a_flag_of_other_trainers_is_answered_with_the_form_of_a_key(
+    flag: str, told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
-        main(["plan", str(DEMO), "--dpo.beta=0.2"])
-    assert "STAGE.beta=VALUE" in capsys.readouterr().err
+        main(["plan", str(DEMO), flag])
+    assert f"after its stage: {told}" in capsys.readouterr().err
 
 
 def test_an_input_of_a_stage_is_given_as_its_keys_are(tmp_path: Path) -> None:
@@ -131,3 +141,17 @@ def test_a_file_that_a_task_of_the_plan_makes_is_not_missed(tmp_path: Path) -> N
     other = f"score_reviews.checklist={tmp_path}/data/other/judge_quality/all/checklist.json"
     plans = [make_plan(read_pipeline(DEMO, [f"workspace={tmp_path}", given]), DEMO) for given in (made, other)]
     assert [len(list(not_here(plan, plan.tasks))) for plan in plans] == [0, 2]
+
+
+def test_an_output_by_its_real_path_is_of_the_plan_where_the_workspace_is_a_link(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "scratch").symlink_to(tmp_path / "disk")
+    made = f"score_reviews.checklist={tmp_path}/disk/data/demo/judge_quality/all/checklist.json"
+    plan = make_plan(read_pipeline(DEMO, [f"workspace={tmp_path}/scratch", made]), DEMO)
+    assert list(not_here(plan, plan.tasks)) == []
+
+
+def test_a_path_that_cannot_be_looked_at_is_told_like_one_that_is_not_there(tmp_path: Path) -> None:
+    too_long = tmp_path / ("t" * 300)
+    plan = make_plan(read_pipeline(DEMO, [f"workspace={tmp_path}", f"sft.chat_template={too_long}"]), DEMO)
+    assert {path for _, path in not_here(plan, plan.tasks)} == {too_long}
