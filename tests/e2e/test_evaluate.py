@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from evaluation_artifacts import make_corpus, make_task, publish_as
+from training_artifacts import kill_when
 
 from prefmill.core.artifact import Artifact
 from prefmill.core.config import load
@@ -118,29 +114,11 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(corpus: Artifact, base:
     """SIGKILL, several times, each when another stored batch has appeared; then to the end."""
     whole, killed = folder_of(tmp_path, "whole"), folder_of(tmp_path, "killed")
     evaluate(corpus, whole, base, model="base", batch_size=2)
-    child = (
-        "import sys; sys.path[:0] = sys.argv[4:6]\n"
-        "from pathlib import Path\n"
-        "from prefmill.store.artifacts import read\n"
-        "from test_evaluate import evaluate\n"
-        "evaluate(read(Path(sys.argv[1])), Path(sys.argv[2]), read(Path(sys.argv[3])), model='base', batch_size=2)\n"
-    )
-    here = Path(__file__).resolve().parent
-    command = [
-        sys.executable,
-        "-c",
-        child,
-        str(corpus.path),
-        str(killed),
-        str(base.path),
-        str(here),
-        str(here.parents[1]),
-    ]
     for stored in (1, 3):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        _wait_for(lambda stored=stored: len(_batches(killed)) >= stored, process)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
+        kill_when(
+            lambda stored=stored: len(_batches(killed)) >= stored,
+            lambda: evaluate(corpus, killed, base, model="base", batch_size=2),
+        )
         assert not (killed / "metrics.json").exists()
     before = {path: path.stat().st_mtime_ns for path in _batches(killed)}
     assert len(before) < 8
@@ -151,12 +129,6 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(corpus: Artifact, base:
 
 def _batches(folder: Path) -> list[Path]:
     return sorted((folder / "work").glob("generated-*.jsonl"))
-
-
-def _wait_for(condition: Any, process: subprocess.Popen[bytes]) -> None:
-    while not condition():
-        assert process.poll() is None, "it ended before it could be killed"
-        time.sleep(0.001)
 
 
 def test_human_reviews_are_a_reference_point_without_a_model(corpus: Artifact, tmp_path: Path) -> None:

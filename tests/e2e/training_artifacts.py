@@ -77,12 +77,17 @@ def executed_steps(folder: Path) -> list[int]:
 
 
 def kill_after(steps: int, folder: Path, work: Callable[[], object]) -> None:
-    """Run `work` in a fork of this process, which has the slow imports done, and SIGKILL it after that many steps."""
-    child = multiprocessing.get_context("fork").Process(target=_slowed, args=(work,))
+    """Run `work` in a fork of this process and SIGKILL it after that many steps."""
+    kill_when(lambda: len(executed_steps(folder)) >= steps, lambda: _slowed(work))
+
+
+def kill_when(reached: Callable[[], bool], work: Callable[[], object]) -> None:
+    """Run `work` in a fork of this process, which has the slow imports done, and SIGKILL it as soon as that is so."""
+    child = multiprocessing.get_context("fork").Process(target=work)
     child.start()
-    while len(executed_steps(folder)) < steps:
+    while not reached():
         assert child.is_alive(), f"ended by itself with code {child.exitcode}"
-        time.sleep(0.01)
+        time.sleep(0.001)
     assert child.pid is not None
     os.kill(child.pid, signal.SIGKILL)
     child.join()
