@@ -54,3 +54,24 @@ def test_a_finished_folder_says_how_its_outputs_are_read(published: bool, tmp_pa
         run_stage("mdlm_evaluate", tmp_path / name, {**EVALUATION, **keys}, before=tuned, after=last, datasets=datasets)
         found.append(metrics_of(tmp_path / name)["models"])
     assert found[0] == found[1] != found[2]
+
+
+def test_an_adapter_says_it_too(tmp_path: Path) -> None:
+    """Given as the model it is the merged folder to the last digit; a training that goes on with it hands it on."""
+    start = tmp_path / "start"
+    build_masked_diffusion(start, ["how is the table of the draft it is clear and old"] * 3, seed=0)
+    datasets = make_toy(tmp_path / "toy", num_sft=16, num_pairs=8, num_prompts_held_out=2)
+    keys = {**SMALL, "num_train_epochs": 1, "diffusion_steps": 2, "learning_rate": 1e-2, "model_name_or_path": str(start)}
+    run_stage("mdlm_sft", tmp_path / "sft", {**keys, **TOLD, "lora": {"r": 4}}, datasets=datasets)
+    adapter = tmp_path / "sft" / "out" / "adapter"
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(start)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    run_stage("mdlm_dpo", tmp_path / "dpo", {**keys, "lora": {"start": str(adapter)}}, datasets=datasets)
+    for told in (tmp_path / "dpo" / "out" / "config.json", tmp_path / "dpo" / "out" / "adapter" / "config.json"):
+        assert json.loads(told.read_text()).items() >= TOLD.items()
+    found = []
+    for name, folder in (("merged", adapter.parent), ("adapter", adapter)):
+        place = {**EVALUATION, "model_name_or_path": str(folder)}
+        run_stage("mdlm_evaluate", tmp_path / name, place, datasets=datasets)
+        found.append(metrics_of(tmp_path / name)["models"])
+    assert found[0] == found[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, Quantization
-from prefmill.families.causal.loading import load_config, load_tokenizer, merged, model_parts, read_weights
+from prefmill.families.causal.loading import load_config, load_tokenizer, loading, merged, model_parts, read_weights
 from prefmill.families.causal.whole import require_whole
 from prefmill.families.mdlm.as_published import READING
 
@@ -67,6 +68,7 @@ def load_diffusion_model(
     read: tuple[Precision, Any] = ("fp32", None) if adapter else (precision, quantization)
     model = _load(base, read[0], revision, trust_remote_code, attn_implementation, read[1], run)
     model = merged(model, adapter, precision, quantization) if adapter else model
+    record_reading(model.config, reading_of(adapter))
     turn_off_dropout(model)
     if run:
         require_both_ways(model, name)
@@ -141,6 +143,15 @@ def record_reading(config: Any, given: Mapping[str, Any]) -> None:
             setattr(config, key, given[key])
 
 
+def reading_of(adapter: Path | None) -> dict[str, Any]:
+    """What the training of an adapter was told of outputs, or its base says: in the config.json beside its weights."""
+    if adapter is None or not (file := adapter / "config.json").is_file():
+        return {}
+    with loading(file.name, adapter):
+        said = json.loads(file.read_text("utf-8"))
+        return {key: said[key] for key in READING if said.get(key) is not None}
+
+
 def block_length_of(config: Any, given: int | None, attention: str | None) -> int | None:
     """Tokens of the blocks that a model writes: given, or its configuration's; None where it sees the whole text.
 
@@ -175,10 +186,12 @@ def _load(
 
 
 def read_config(name: str, revision: str | None, trust: bool) -> Any:
-    """The configuration of a model; raises InputError where there is none to read."""
+    """The configuration of a model, as an adapter on it has it; raises InputError where there is none to read."""
     from prefmill.families.mdlm import native  # noqa: F401 - the Auto classes know LLaDA and Dream from here on
 
-    return load_config(name, revision, trust)
+    config = load_config(name, revision, trust)
+    record_reading(config, reading_of(model_parts(name, revision)[2]))
+    return config
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedTokenizerBase, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from prefmill.core.files import write_json
 from prefmill.core.places import CHECKPOINT_PREFIX
 from prefmill.core.precision import torch_dtype
 from prefmill.core.stage import Metrics, Task
@@ -32,11 +33,12 @@ from prefmill.families.mdlm.loading import (
     mask_token_of,
     predicts_next,
     read_config,
+    reading_of,
     record_reading,
 )
 from prefmill.families.mdlm.scorer import patch_forward
 from prefmill.store.artifacts import payload
-from prefmill.training.adapter import add_adapter
+from prefmill.training.adapter import ADAPTER, add_adapter
 from prefmill.training.checkpoints import newest_checkpoint
 from prefmill.training.family import Family
 from prefmill.training.finished import loading_precision
@@ -96,15 +98,16 @@ class FollowOnResume(TrainerCallback):
 
 
 def opened(config: ConfigT, task: Task, start: str) -> tuple[ConfigT, PreTrainedTokenizerBase]:
-    """The configuration as it runs here, its `block_length` by the model, and the tokenizer of `start`."""
+    """The configuration as it runs here, outputs read as the model and adapter say, and the tokenizer of `start`."""
     options = config.model_dump(include=ORIGIN)
     tokenizer = load_diffusion_tokenizer(
         start, template=config, today=task.began_on, adapter=config.lora_start, **options
     )
     published = read_config(start, config.revision, config.trust_remote_code)
     require_trainable(start, published, config.quantization)
-    blocks = block_length_of(published, config.block_length, config.attn_implementation)
-    return recomputed_by_layer(config.model_copy(update={"block_length": blocks})), tokenizer
+    told = reading_of(config.lora_start) | config.model_dump(include=set(READING), exclude_none=True)
+    blocks = block_length_of(published, told.get("block_length"), config.attn_implementation)
+    return recomputed_by_layer(config.model_copy(update={**told, "block_length": blocks})), tokenizer
 
 
 def diffusion_spec(
@@ -215,6 +218,9 @@ def publish_and_export(
 ) -> Metrics:  # fmt: skip
     """Publish what was trained from `start`, to `output_dir` too."""
     saved: Metrics = publish(trainer, tokenizer, config, task, start, rescoring)
+    if config.lora is not None and trainer.is_world_process_zero():
+        said = {key: getattr(inner_model(trainer.model).config, key, None) for key in READING}
+        write_json(task.output / ADAPTER / "config.json", said)
     if config.output_dir is not None and trainer.is_world_process_zero():
         export(task.output, config.output_dir)
     return saved
