@@ -61,7 +61,8 @@ def test_an_adapter_says_it_too(tmp_path: Path) -> None:
     start = tmp_path / "start"
     build_masked_diffusion(start, ["how is the table of the draft it is clear and old"] * 3, seed=0)
     datasets = make_toy(tmp_path / "toy", num_sft=16, num_pairs=8, num_prompts_held_out=2)
-    keys = {**SMALL, "num_train_epochs": 1, "diffusion_steps": 2, "learning_rate": 1e-2, "model_name_or_path": str(start)}
+    keys = {**SMALL, "num_train_epochs": 1, "diffusion_steps": 2, "learning_rate": 1e-2}
+    keys["model_name_or_path"] = str(start)
     run_stage("mdlm_sft", tmp_path / "sft", {**keys, **TOLD, "lora": {"r": 4}}, datasets=datasets)
     adapter = tmp_path / "sft" / "out" / "adapter"
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(start)}
