@@ -17,8 +17,9 @@ from prefmill.pairs.sources import PairSource, parsed_rows
 from prefmill.pairs.turns import Chat, alpaca_prompt, as_answer, as_chat, place_images, sole_answer
 from prefmill.pairs.writing import OwnRow, beside, own_rows, write_split
 
-# Without these a row of a preference would have the keys of two forms, which is refused.
-_PREFERENCE_KEYS = ("chosen", "rejected", "label")
+# Without these a row of a preference would have the keys of two forms, which is refused. LLaMA-Factory's `kto_tag` is a
+# label: without it bad answers would be learnt.
+_PREFERENCE_KEYS = ("chosen", "rejected", "label", "kto_tag")
 
 
 def _chat(key: str) -> Parse:

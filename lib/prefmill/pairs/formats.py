@@ -45,7 +45,9 @@ from prefmill.pairs.turns import (
 
 # No template is given these by row: a row that needs them would lose them in silence.
 _UNTRAINED = ("functions", "chat_template_kwargs")
-_LABELS = {"true": True, "false": False, "1": True, "0": False, "1.0": True, "0.0": False}
+_GOOD = ("true", "1", "1.0", "good", "chosen", "desirable")
+_BAD = ("false", "0", "0.0", "bad", "rejected", "undesirable")
+_LABELS = dict.fromkeys(_GOOD, True) | dict.fromkeys(_BAD, False)
 # A list of messages that a table, or Python's str(), made text of.
 _LISTED = re.compile(r"""['"](?:role|from)['"]\s*:\s*['"](?:system|user|human|assistant|gpt)['"]""")
 
@@ -273,7 +275,7 @@ def _judgement(row: Row, prompt: Chat, answer: Answer) -> Judgement:
 
 
 def _label(value: Any) -> bool:
-    """Whether the answer is good: true or false, 1 or 0, or their text, as tables have it."""
+    """Whether the answer is good: true or false, 1 or 0, or a word for it, as tables have it."""
     # Not bool(): "false", -1 for a bad answer and a grade of 2 out of 5 are all true to Python.
     name = str(value).strip().lower()
     if name not in _LABELS:

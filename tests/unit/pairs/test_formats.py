@@ -92,6 +92,18 @@ def test_labels_without_two_answers_to_a_prompt_say_what_can_be_done(tmp_path: P
     assert [row["messages"][1]["content"] for row in read_jsonl(train)] == ["c0", "c3"]
 
 
+def test_bad_answers_by_llamafactorys_label_are_not_learnt(tmp_path: Path) -> None:
+    rows = [{"messages": [USER, said(f"c{n}")], "kto_tag": n == 1} for n in range(3)]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(InputError, match=r"kto_tag \(bool\)(.|\n)*unpaired_messages: label, messages"):
+        write_chats(
+            validate(ChatSource, {"dataset": str(tmp_path / "rows.jsonl")}), tmp_path / "a", tmp_path / "bad.json"
+        )
+    chats = validate(ChatSource, {"dataset": str(tmp_path / "rows.jsonl"), "columns": {"label": "kto_tag"}})
+    train, _ = write_chats(chats, tmp_path / "sft", tmp_path / "bad.json")
+    assert [row["messages"][1]["content"] for row in read_jsonl(train)] == ["c1"]
+
+
 def test_other_ways_to_say_it() -> None:
     no_system = Preference([USER], "good", "bad")
     assert parse({"prompt": "Q?", "chosen": [said("good")], "rejected": [said("bad")]}, "prompt_and_messages", {}) == (

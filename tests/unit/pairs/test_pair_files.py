@@ -145,6 +145,10 @@ def test_labels_as_text_are_read_as_said(tmp_path: Path) -> None:
     source = validate(PairSource, {"dataset": str(case("labels_as_text.jsonl"))})
     train, _ = write_pairs(source, tmp_path, tmp_path / "bad.json")
     assert all("shade" in row["chosen"]["value"] for row in read_jsonl(train))
+    words = {True: ("good", "Chosen", "desirable"), False: ("bad", "rejected", " undesirable ")}
+    for is_good, label in ((is_good, label) for is_good, labels in words.items() for label in labels):
+        found = parse({"prompt": "Q?", "completion": "A", "label": label}, "unpaired", {})
+        assert found.scores == (is_good,)
     with pytest.raises(BadRowError, match="'perhaps'"):
         parse({"prompt": "Q?", "completion": "A", "label": "perhaps"}, "unpaired", {})
 
