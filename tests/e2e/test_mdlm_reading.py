@@ -58,6 +58,8 @@ def test_a_finished_folder_says_how_its_outputs_are_read(published: bool, tmp_pa
 
 def test_an_adapter_says_it_too(tmp_path: Path) -> None:
     """Given as the model it is the merged folder to the last digit; a training that goes on with it hands it on."""
+    from transformers import AutoModelForCausalLM
+
     start = tmp_path / "start"
     build_masked_diffusion(start, ["how is the table of the draft it is clear and old"] * 3, seed=0)
     datasets = make_toy(tmp_path / "toy", num_sft=16, num_pairs=8, num_prompts_held_out=2)
@@ -68,7 +70,10 @@ def test_an_adapter_says_it_too(tmp_path: Path) -> None:
     config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(start)}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     run_stage("mdlm_dpo", tmp_path / "dpo", {**keys, "lora": {"start": str(adapter)}}, datasets=datasets)
-    for told in (tmp_path / "dpo" / "out" / "config.json", tmp_path / "dpo" / "out" / "adapter" / "config.json"):
+    for told in (
+        tmp_path / "dpo" / "out" / "config.json",
+        tmp_path / "dpo" / "out" / "adapter" / "masked_diffusion.json",
+    ):
         assert json.loads(told.read_text()).items() >= TOLD.items()
     found = []
     for name, folder in (("merged", adapter.parent), ("adapter", adapter)):
@@ -76,3 +81,5 @@ def test_an_adapter_says_it_too(tmp_path: Path) -> None:
         run_stage("mdlm_evaluate", tmp_path / name, place, datasets=datasets)
         found.append(metrics_of(tmp_path / name)["models"])
     assert found[0] == found[1]
+    # transformers finds the base through the adapter, as of any: a config.json in its folder would hide it.
+    assert AutoModelForCausalLM.from_pretrained(adapter).config.vocab_size

@@ -9,6 +9,8 @@ from prefmill.core.errors import InputError
 
 # What a training was told of a model's outputs: written beside the published keys, for the next stage to read.
 READING = ("shifted_logits", "mask_token_id", "block_length")
+# Of an adapter beside its weights: by the name config.json transformers would look for a whole model there.
+TOLD = "masked_diffusion.json"
 
 
 def require_fixed(published: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.precision import Precision, Quantization
 from prefmill.families.causal.loading import load_config, load_tokenizer, loading, merged, model_parts, read_weights
 from prefmill.families.causal.whole import require_whole
-from prefmill.families.mdlm.as_published import READING
+from prefmill.families.mdlm.as_published import READING, TOLD
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -144,8 +144,8 @@ def record_reading(config: Any, given: Mapping[str, Any]) -> None:
 
 
 def reading_of(adapter: Path | None) -> dict[str, Any]:
-    """What the training of an adapter was told of outputs, or its base says: in the config.json beside its weights."""
-    if adapter is None or not (file := adapter / "config.json").is_file():
+    """What the training of an adapter was told of outputs, or its base says: in a file beside its weights."""
+    if adapter is None or not (file := adapter / TOLD).is_file():
         return {}
     with loading(file.name, adapter):
         said = json.loads(file.read_text("utf-8"))

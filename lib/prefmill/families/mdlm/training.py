@@ -22,7 +22,7 @@ from prefmill.distributed.sharding import shards_by_zero, shares_weights, uses_f
 from prefmill.families.causal.loading import LOADING, ORIGIN
 from prefmill.families.causal.quantized import require_trainable
 from prefmill.families.causal.whole import require_embedded
-from prefmill.families.mdlm.as_published import READING
+from prefmill.families.mdlm.as_published import READING, TOLD
 from prefmill.families.mdlm.config import DiffusionModelConfig, DiffusionTrainingConfig
 from prefmill.families.mdlm.family import LiveVariance
 from prefmill.families.mdlm.load_check import check_diffusion_model
@@ -220,7 +220,7 @@ def publish_and_export(
     saved: Metrics = publish(trainer, tokenizer, config, task, start, rescoring)
     if config.lora is not None and trainer.is_world_process_zero():
         said = {key: getattr(inner_model(trainer.model).config, key, None) for key in READING}
-        write_json(task.output / ADAPTER / "config.json", said)
+        write_json(task.output / ADAPTER / TOLD, said)
     if config.output_dir is not None and trainer.is_world_process_zero():
         export(task.output, config.output_dir)
     return saved
