@@ -48,6 +48,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Artifact, pairs: Artifact, cache: Path) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     keys = {"save_merged": True, "sample_steps": 3, "num_samples": 2, "sample_inference_steps": 2}
+    keys |= {"report_to": ["tensorboard"]}  # the default
     run_stage("sdxl_dpo", folder, {**KEYS, **keys, "cache_dir": str(cache)}, model=model, pairs=pairs)
     return folder
 
@@ -90,6 +91,18 @@ def test_it_starts_at_the_reference_and_leaves_what_it_says(undisturbed: Path) -
     grids = sorted((undisturbed / "logs" / "samples").iterdir())
     assert [grid.name for grid in grids] == ["step_00003.png", "step_00006.png"]
     assert Image.open(grids[0]).size == (64, 32)
+
+
+@pytest.mark.slow
+def test_its_curves_and_samples_are_in_tensorboard(undisturbed: Path) -> None:
+    """A training with the default trackers ended before its first step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(undisturbed / "logs" / "tensorboard"))
+    events.Reload()
+    shown = [(point.step, pytest.approx(point.value, abs=1e-4)) for point in events.Scalars("train/loss")]
+    assert [(row["step"], row["loss"]) for row in rows_of(undisturbed)] == shown
+    assert [image.step for image in events.Images("samples")] == [3, 6]
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from prefmill.core.files import replacing
@@ -26,6 +27,14 @@ from prefmill.store.tensor_cache import TensorCache
 EMA_FILE = "ema.safetensors"
 SAMPLES = "samples"
 _log = logging.getLogger(__name__)
+
+
+class Curves(TensorBoardCallback):
+    """TensorBoard's curves without the model's configuration: transformers' own fails on that of a diffusers model."""
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
+        """Open the file of curves; it is the model, left out here, whose configuration would be written."""
+        super().on_train_begin(args, state, control)
 
 
 class Ema(TrainerCallback):

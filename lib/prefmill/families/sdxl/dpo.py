@@ -18,7 +18,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import device_kind
 from prefmill.distributed.sharding import unsharded_loading, whole_weights
 from prefmill.families.reward.data import Half, counted_alike, in_half
-from prefmill.families.sdxl.callbacks import Ema, SampleGrid
+from prefmill.families.sdxl.callbacks import Curves, Ema, SampleGrid
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, balance_labels, read_image_pairs
 from prefmill.families.sdxl.encoding import ImageKeys, tell_cut, tell_mirrored, text_keys
@@ -81,7 +81,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
         ),
         publish=partial(_publish, ema, config, task, folder),
         reference=partial(_compute, references, (data, held), task) if objective.needs_reference else None,
-        callbacks=[*([ema] if ema else []), *_samples(config, task, folder, reader, held_out or train)],
+        callbacks=[*([ema] if ema else []), *([Curves()] if "tensorboard" in config.report_to else []), *_samples(config, task, folder, reader, held_out or train)],
         counts={"pairs": len(train), "val_pairs": len(held_out), **told},
     )  # fmt: skip
     return run_training(spec)
@@ -136,6 +136,7 @@ def _plan(pairs: Sequence[PairImages], config: SdxlPreferenceConfig) -> list[Mic
 def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
     # The UNet checkpoints by itself: transformers would ask it in a language model's words.
     args = plan_arguments(config.model_copy(update={"activation_checkpointing": False}), task, plan)
+    args.report_to = [name for name in config.report_to if name != "tensorboard"]  # in its place: Curves
     args.ddp_find_unused_parameters = False  # every weight that is trained has a part in every loss
     return args
 
