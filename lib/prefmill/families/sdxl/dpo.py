@@ -81,7 +81,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
         ),
         publish=partial(_publish, ema, config, task, folder),
         reference=partial(_compute, references, (data, held), task) if objective.needs_reference else None,
-        callbacks=[*([ema] if ema else []), *([Curves()] if "tensorboard" in config.report_to else []), *_samples(config, task, folder, reader, held_out or train)],
+        callbacks=[*([ema] if ema else []), *_shown(config, task, folder, reader, held_out or train)],
         counts={"pairs": len(train), "val_pairs": len(held_out), **told},
     )  # fmt: skip
     return run_training(spec)
@@ -205,14 +205,15 @@ def winner_alone(config: SdxlPreferenceConfig) -> bool:
     return config.objective == "sft" or (config.objective == "dspo" and config.dspo_stop_gradient)
 
 
-def _samples(
+def _shown(
     config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, reader: PairReader, pairs: Sequence[PairImages]
-) -> list[SampleGrid]:
+) -> list[Curves | SampleGrid]:
+    curves = [Curves()] if "tensorboard" in config.report_to else []
     if config.sample_steps is None:
-        return []
+        return [*curves]
     # Not a set: the order of strings in one differs from process to process, and so would the prompts drawn.
     prompts = list(dict.fromkeys(pair.prompt for pair in pairs))[: config.num_samples]
-    return [SampleGrid(prompts, config, folder, reader.cache, reader.texts, task.logs)]
+    return [*curves, SampleGrid(prompts, config, folder, reader.cache, reader.texts, task.logs)]
 
 
 def _publish(
