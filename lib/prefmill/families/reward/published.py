@@ -114,7 +114,8 @@ def _aesthetics(folder: Path, device: str) -> Scorer:
     require_size(images_of, model.config, folder)
 
     def score(prompts: Sequence[str], images: Sequence[Image]) -> Tensor:
-        pixels = images_of(images=list(images), return_tensors="pt")["pixel_values"].to(device)
+        shown = [middle(image, model.config.image_size) for image in images]  # CLIP's own package cuts as torchvision
+        pixels = images_of(images=shown, return_tensors="pt")["pixel_values"].to(device)
         found: Tensor = head(normalize(model(pixel_values=pixels).image_embeds))[:, 0]
         return found
 

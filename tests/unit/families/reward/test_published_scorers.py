@@ -23,7 +23,7 @@ from prefmill.demo.tiny_models import build
 from prefmill.families.reward.data import LabelledPair
 from prefmill.families.reward.model import _say_cut
 from prefmill.families.reward.open_clip import CONFIG_FILE
-from prefmill.families.reward.published import MED_CONFIG, open_published, whole
+from prefmill.families.reward.published import MED_CONFIG, middle, open_published, whole
 from prefmill.families.reward.scoring import open_scorer
 from prefmill.families.reward.train import _count_cut, load_clip, load_processor
 from stages.train_reward import TrainRewardConfig
@@ -46,11 +46,12 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return sorted(folder.iterdir())
 
 
-def seen(clip: Path, images: Sequence[Path]) -> Tensor:
-    """The pictures as CLIP's processor shows them."""
+def seen(clip: Path, images: Sequence[Path], side: int | None = None) -> Tensor:
+    """The pictures as CLIP's processor shows them; their middle is torchvision's where a `side` is given."""
     from transformers import CLIPProcessor
 
     shown = [Image.open(path).convert("RGB") for path in images]
+    shown = shown if side is None else [middle(image, side) for image in shown]
     pixels: Tensor = CLIPProcessor.from_pretrained(clip).image_processor(images=shown, return_tensors="pt").pixel_values
     return pixels
 
@@ -135,6 +136,7 @@ HEADS: dict[str, Callable[[int], nn.Module]] = {
 
 @pytest.mark.parametrize("name", HEADS)
 def test_laions_aesthetics_predictors(name: str, clip: Path, images: list[Path], tmp_path: Path) -> None:
+    """Of the middle as CLIP's own package cuts it, by torchvision: transformers' is a pixel aside where 11 are left."""
     from transformers import CLIPModel, CLIPProcessor, CLIPVisionModelWithProjection
 
     torch.manual_seed(0)
@@ -151,8 +153,11 @@ def test_laions_aesthetics_predictors(name: str, clip: Path, images: list[Path],
     (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": [name]}))
     CLIPProcessor.from_pretrained(clip).image_processor.save_pretrained(tmp_path)
     with torch.no_grad():
-        embeds = model(pixel_values=seen(clip, images)).image_embeds
-        agrees(tmp_path, images, head(embeds / embeds.norm(dim=-1, keepdim=True))[:, 0])
+        odd = [tmp_path / f"{number}.png" for number in range(len(images))]
+        for path, file in zip(images, odd, strict=True):
+            Image.open(path).resize((43, 32)).save(file)
+        embeds = model(pixel_values=seen(clip, odd, 32)).image_embeds
+        agrees(tmp_path, odd, head(embeds / embeds.norm(dim=-1, keepdim=True))[:, 0])
 
 
 def blip_names(state: dict[str, Tensor]) -> dict[str, Tensor]:

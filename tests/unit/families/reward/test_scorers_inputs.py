@@ -26,7 +26,7 @@ def test_hpsv2_scales_numbers_without_rounding_them() -> None:
         np.testing.assert_allclose(channel, expected, atol=2e-6)
 
 
-def test_image_reward_cuts_an_odd_rest_as_torchvision() -> None:
+def test_image_reward_and_aesthetics_cut_an_odd_rest_as_torchvision() -> None:
     """Of Resize(4) and CenterCrop(4): transformers' crop is a column further left."""
     expected = [[74, 111, 148, 185], [77, 114, 151, 188], [80, 117, 154, 191], [83, 120, 157, 194]]
     assert np.asarray(middle(picture(7, 4), 4))[..., 0].tolist() == expected
