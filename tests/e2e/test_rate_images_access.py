@@ -42,6 +42,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
         ("POST", "/answer", {"rater": "ann", "number": 0, "choice": "both"}, {}, 400),
         ("POST", "/answer", b"not json", {}, 400),
         ("POST", "/answer", b"[]", {}, 400),
+        ("POST", "/answer", b"[" * 4000, {}, 400),  # nested deeper than Python reads
         ("POST", "/answer", b"x" * 5000, {}, 413),
         ("POST", "/shutdown", {"rater": "ann"}, {}, 404),
         ("GET", "/state?rater=ann", None, {}, 200),

@@ -208,7 +208,7 @@ class _Handler(BaseHTTPRequestHandler):
             raise RefusalError(HTTPStatus.NOT_FOUND, "no such page")
         try:
             body = json.loads(raw)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise RefusalError(HTTPStatus.BAD_REQUEST, "not JSON") from None
         if not isinstance(body, dict):
             raise RefusalError(HTTPStatus.BAD_REQUEST, "not an object")
