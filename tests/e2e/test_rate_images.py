@@ -132,19 +132,21 @@ def test_own_images_are_checked_and_copied(tmp_path: Path) -> None:
     (folder / "d.png").write_bytes((folder / "c.png").read_bytes()[:70])
     bomb(folder / "e.png")
     shutil.copy(folder / "c.png", folder / "again.png")
-    names = ("a.png", "b.jpg", "c.png", "d.png", "e.png", "none.png", "again.png")
+    names = ("a.png", "b.jpg", "c.png", "d.png", "e.png", "none.png", "https://x.org/f.png", "again.png")
     (folder / "images.csv").write_text("prompt,file\n" + "".join(f"x,{name}\n" for name in names) + "y,c.png\n")
     task = task_for(tmp_path / "x" / "t", "rate_images")
     told = rate(task, rater={"by": "sharpness"}, images=str(folder))
     # Of four that can be shown, nobody is asked to tell an image from itself.
     assert told["num_pairs"] == 5
     assert told["warnings"] == [
-        "set aside, see quarantine.jsonl: 1 x image: damaged image; 1 x image: image too large to decode; "
-        "1 x image: missing image",
+        "set aside, see quarantine.jsonl: 1 x image: an image by its address, not a file; 1 x image: damaged image; "
+        "1 x image: image too large to decode; 1 x image: missing image",
         "1 of 2 prompts have no two different pictures to compare",
     ]
     reasons = [row["reason"] for row in read_jsonl(task.output / "quarantine.jsonl")]
-    assert reasons == ["damaged image", "image too large to decode", "missing image"]
+    assert sorted(reasons) == [
+        "an image by its address, not a file", "damaged image", "image too large to decode", "missing image",
+    ]  # fmt: skip
     rows = list(read_jsonl(task.output / "images.jsonl"))
     assert [Path(row["file"]).name for row in rows] == ["a.png", "again.png", "b.jpg", "c.png"]
     assert not (task.output / rows[0]["file"]).samefile(folder / "a.png")

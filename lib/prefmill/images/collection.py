@@ -11,7 +11,7 @@ from typing import Any
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import GeneratedImage, Rating
 from prefmill.distributed.limits import ProcessLimits
-from prefmill.images.files import inspect_image
+from prefmill.images.files import inspect_image, no_file
 from prefmill.store.pictures import ImageError
 
 
@@ -117,7 +117,8 @@ def check_images(images: list[SourceImage], quarantine: Quarantine) -> dict[str,
                 good[image.image_id] = found
             else:
                 got = str(found.details["got"] or "")
-                quarantine.add("image", image.where, found.what, image_id=image.image_id, file=image.listed_as, got=got)
+                reason = no_file(image.listed_as) or found.what
+                quarantine.add("image", image.where, reason, image_id=image.image_id, file=image.listed_as, got=got)
     return good
 
 

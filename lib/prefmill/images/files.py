@@ -9,6 +9,8 @@ from pathlib import Path
 from prefmill.store.picture_formats import FORMATS
 from prefmill.store.pictures import as_seen, check_image, reading, upright_size
 
+_LONGEST = 255  # characters of a name, on every common file system
+
 
 @dataclass(frozen=True)
 class ImageFacts:
@@ -31,3 +33,10 @@ def inspect_image(content: bytes | Path, where: object = None) -> ImageFacts:
         width, height = upright_size(image)
         pixels = hashlib.sha256(f"{width}x{height}".encode() + as_seen(image, where).tobytes()).hexdigest()
     return ImageFacts(width, height, hashlib.sha256(data).hexdigest(), pixels, FORMATS[str(image.format)])
+
+
+def no_file(name: str | None) -> str | None:
+    """Why what stands where a picture's file should cannot be one."""
+    if name and ("://" in name or name.startswith("data:")):
+        return "an image by its address, not a file"
+    return "an image as text, not a file" if name and any(len(part) > _LONGEST for part in name.split("/")) else None

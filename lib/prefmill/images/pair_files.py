@@ -13,8 +13,6 @@ from prefmill.store.jsonl import parse_json, read_jsonl
 from prefmill.store.pictures import on_disk
 from prefmill.store.row_files import file_rows, is_saved_to_disk
 
-_LONGEST = 255  # characters of a name, on every common file system
-
 
 def data_files(path: Path) -> list[Path]:
     """`path` itself, or the .parquet and .jsonl files of a folder; what `save_to_disk` wrote is a file for every split.
@@ -59,13 +57,6 @@ def picture_path(content: Any) -> str | None:
     """The file that a row names as a picture, or in `datasets`' {bytes, path}; None where it names none."""
     found = content.get("path") if isinstance(content, dict) else content
     return with_slashes(found) if found and isinstance(found, str) else None
-
-
-def no_file(name: str | None) -> str | None:
-    """Why what stands where a picture's file should cannot be one."""
-    if name and ("://" in name or name.startswith("data:")):
-        return "an image by its address, not a file"
-    return "an image as text, not a file" if name and any(len(part) > _LONGEST for part in name.split("/")) else None
 
 
 def stored(content: Any, base: Path, target: Path) -> Path:

@@ -22,7 +22,8 @@ from prefmill.images.custom_images import (
     read_scores,
     tell_unused,
 )
-from prefmill.images.pair_files import content_name, data_files, no_file, picture_bytes, picture_path, rows_of, stored
+from prefmill.images.files import no_file
+from prefmill.images.pair_files import content_name, data_files, picture_bytes, picture_path, rows_of, stored
 from prefmill.images.prompts import PROMPT_TOO, one_spelling, prompt_id_of, safe_name
 from prefmill.images.rankings import is_name, overall, read_rankings
 from prefmill.images.rating import choice_of, draw

@@ -12,7 +12,8 @@ from typing import Any, Literal
 from prefmill.core.errors import InputError
 from prefmill.core.image_rows import Rating
 from prefmill.images.collection import Collection, SourceImage
-from prefmill.images.pair_files import content_name, data_files, no_file, picture_bytes, picture_path, rows_of, stored
+from prefmill.images.files import no_file
+from prefmill.images.pair_files import content_name, data_files, picture_bytes, picture_path, rows_of, stored
 from prefmill.images.prompts import is_safe, one_spelling, prompt_id_of, safe_name, with_slashes
 from prefmill.images.rating import choice_of
 from prefmill.store.pictures import on_disk
