@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from mdlm_artifacts import SMALL, make_toy, metrics_of, run_stage
 from safetensors.torch import save_file
 from training_artifacts import publish_as
@@ -22,8 +23,6 @@ EVALUATION = {"precision": "fp32", "diffusion_steps": 2, "num_tokens": 8, "exact
 
 def as_published(folder: Path) -> None:
     """The model in `folder` as one whose configuration is written back in its published form."""
-    import torch
-
     number = len(load_diffusion_tokenizer(str(folder)))
     config = {key: value for key, value in LLADA_MOE.items() if key != "mask_token_id"} | {"vocab_size": number}
     sizes = {key: (number, *size[1:]) if size[0] == 64 else size for key, size in shapes(config).items()}
@@ -82,4 +81,9 @@ def test_an_adapter_says_it_too(tmp_path: Path) -> None:
         found.append(metrics_of(tmp_path / name)["models"])
     assert found[0] == found[1]
     # transformers finds the base through the adapter, as of any: a config.json in its folder would hide it.
-    assert AutoModelForCausalLM.from_pretrained(adapter).config.vocab_size
+    with torch.no_grad():
+        read, merged = (
+            AutoModelForCausalLM.from_pretrained(folder)(torch.arange(6)[None]).logits
+            for folder in (adapter, adapter.parent)
+        )
+    torch.testing.assert_close(read, merged, atol=1e-5, rtol=0)

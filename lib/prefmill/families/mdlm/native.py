@@ -49,20 +49,21 @@ _LLADA_FIXED = {
     "bias_for_layer_norm": False, "attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False,
     "multi_query_attention": None, "block_group_size": 1,
 }  # fmt: skip
-# In this order: the head is called as each block's last projection is.
+# In this order: the head is called as each block's last projection is. A name that is ours already stays: PEFT renames
+# those of an adapter as well, and left weights out that it no longer found a place for.
 _LLADA_NAMES = {
     "model.transformer.ff_out": "lm_head",
     "model.transformer.wte": "model.embed_tokens",
     "model.transformer.ln_f": "model.norm",
     "model.transformer.blocks": "model.layers",
     ".attn_norm.": ".input_layernorm.",
-    ".q_proj.": ".self_attn.q_proj.",
-    ".k_proj.": ".self_attn.k_proj.",
-    ".v_proj.": ".self_attn.v_proj.",
+    "(?<!self_attn).q_proj.": ".self_attn.q_proj.",
+    "(?<!self_attn).k_proj.": ".self_attn.k_proj.",
+    "(?<!self_attn).v_proj.": ".self_attn.v_proj.",
     ".attn_out.": ".self_attn.o_proj.",
     ".ff_norm.": ".post_attention_layernorm.",
     ".ff_proj.": ".mlp.gate_proj.",
-    ".up_proj.": ".mlp.up_proj.",
+    "(?<!mlp).up_proj.": ".mlp.up_proj.",
     ".ff_out.": ".mlp.down_proj.",
 }
 _IDS = ("pad_token_id", "eos_token_id", "bos_token_id")
