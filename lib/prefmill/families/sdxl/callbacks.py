@@ -29,7 +29,7 @@ SAMPLES = "samples"
 _log = logging.getLogger(__name__)
 
 
-class Curves(TensorBoardCallback):
+class TensorBoardCurves(TensorBoardCallback):
     """TensorBoard's curves without the model's configuration: transformers' own fails on that of a diffusers model."""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:

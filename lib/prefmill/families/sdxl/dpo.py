@@ -18,7 +18,7 @@ from prefmill.core.stage import Metrics, Task
 from prefmill.distributed.devices import device_kind
 from prefmill.distributed.sharding import unsharded_loading, whole_weights
 from prefmill.families.reward.data import Half, counted_alike, in_half
-from prefmill.families.sdxl.callbacks import Curves, Ema, SampleGrid
+from prefmill.families.sdxl.callbacks import Ema, SampleGrid, TensorBoardCurves
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, balance_labels, read_image_pairs
 from prefmill.families.sdxl.encoding import ImageKeys, tell_cut, tell_mirrored, text_keys
@@ -136,7 +136,7 @@ def _plan(pairs: Sequence[PairImages], config: SdxlPreferenceConfig) -> list[Mic
 def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbatch]) -> TrainingArguments:
     # The UNet checkpoints by itself: transformers would ask it in a language model's words.
     args = plan_arguments(config.model_copy(update={"activation_checkpointing": False}), task, plan)
-    args.report_to = [name for name in config.report_to if name != "tensorboard"]  # in its place: Curves
+    args.report_to = [name for name in config.report_to if name != "tensorboard"]  # in its place: TensorBoardCurves
     args.ddp_find_unused_parameters = False  # every weight that is trained has a part in every loss
     return args
 
@@ -207,8 +207,8 @@ def winner_alone(config: SdxlPreferenceConfig) -> bool:
 
 def _shown(
     config: SdxlPreferenceConfig, task: Task, folder: SdxlFolder, reader: PairReader, pairs: Sequence[PairImages]
-) -> list[Curves | SampleGrid]:
-    curves = [Curves()] if "tensorboard" in config.report_to else []
+) -> list[TensorBoardCurves | SampleGrid]:
+    curves = [TensorBoardCurves()] if "tensorboard" in config.report_to else []
     if config.sample_steps is None:
         return [*curves]
     # Not a set: the order of strings in one differs from process to process, and so would the prompts drawn.
