@@ -10,6 +10,7 @@ from typing import Any
 from prefmill.core.errors import ConfigError
 from prefmill.datasets.examples import CheckedRow
 from prefmill.families.causal.chat import apply_template
+from prefmill.families.causal.token_ids import token_ids
 
 
 class TokenCounter:
@@ -50,8 +51,7 @@ class TokenCounter:
         return self._count_text(apply_template(self._tokenizer, messages, asks))
 
     def _count_text(self, text: str) -> int:
-        # The template has already written the special tokens.
-        return len(self._tokenizer(text, add_special_tokens=False)["input_ids"])
+        return len(token_ids(self._tokenizer, text))
 
 
 def open_counter(name_or_path: str, folder: Path) -> TokenCounter:

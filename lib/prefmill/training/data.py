@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from prefmill.core.errors import InputError, PipelineError
 from prefmill.core.stage import Task
+from prefmill.distributed.devices import rank
 from prefmill.store.jsonl import read_jsonl
 from prefmill.training.bad_rows import BadRows, report_dropped
 from prefmill.training.config import TrainingConfig
@@ -175,6 +176,13 @@ def _place(group: Group, known: dict[tuple[int, ...], int], response: list[int])
 
 
 EncodedT = TypeVar("EncodedT")
+RowT = TypeVar("RowT")
+
+
+def tokenising(rows: Iterable[RowT], path: Path) -> Iterable[RowT]:
+    """`rows` of `path` as they come, counted in the log of rank 0."""
+    counted: Iterable[RowT] = tqdm(rows, desc=f"tokenising {path.parent.name}", unit=" rows", disable=rank() != 0)
+    return counted
 
 
 def encoded_chats(
@@ -190,7 +198,7 @@ def encoded_chats(
     InputError for a row with images where the model is shown none.
     """
     kept, dropped, bad = [], [], BadRows.of(config, task)
-    for row in tqdm(read_jsonl(path), desc=f"tokenising {path.parent.name}", unit=" rows"):
+    for row in tokenising(read_jsonl(path), path):
         images = [str(path.parent.parent / name) for name in row.get("images", ())]
         if images and not sees_images:
             raise no_images(f"{path}, row {row['id']}", images[0])

@@ -15,6 +15,11 @@ from prefmill.datasets.token_lengths import TokenCounter, open_counter
 class WordTokenizer:
     """A token a word; a turn costs one before and one after."""
 
+    is_fast = False
+
+    def __len__(self) -> int:
+        return 1
+
     def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
         assert not tokenize
         turns = [f"<{turn['role']}> {turn['content']} <end>" for turn in messages]

@@ -22,6 +22,7 @@ from prefmill.families.causal.chat_checks import (
     text_of,
 )
 from prefmill.families.causal.templates import stop_clock
+from prefmill.families.causal.token_ids import token_ids
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -77,7 +78,7 @@ def encode_turns(
     spans = [_span(tokenizer, messages, place, tools, whole) for place in places]
     # LLaDA's template writes the next answer's header behind the last answer.
     whole = whole[: spans[-1][1]]
-    ids = _ids(tokenizer, whole)
+    ids = token_ids(tokenizer, whole)
     trained = [False] * len(ids)
     for (begin, end), place in zip(spans, places, strict=True):
         tokens = slice(_num_tokens(tokenizer, whole, begin, ids), _num_tokens(tokenizer, whole, end, ids))
@@ -123,7 +124,7 @@ def _num_tokens(tokenizer: PreTrainedTokenizerBase, whole: str, end: int, ids: S
     """How many of the tokens of `whole`, `ids`, are of its first `end` characters."""
     if end == len(whole):
         return len(ids)
-    before = _ids(tokenizer, whole[:end])
+    before = token_ids(tokenizer, whole[:end])
     # Tokenizers may merge letters across the border: that token would be of both sides.
     if list(ids[: len(before)]) != before:
         raise _mismatch("the answer's first letters join the last token of the prompt", whole, whole[:end])
@@ -196,16 +197,10 @@ def template_of(tokenizer: PreTrainedTokenizerBase) -> Template:
         header = unasked.split(_PROBE)[0].strip()
         # A header without a control token (`User:`) is ordinary text, which a message may well hold.
         known[text] = Template(
-            wants_parts, header if control.intersection(_ids(tokenizer, header)) else "", asked == unasked != "",
+            wants_parts, header if control.intersection(token_ids(tokenizer, header)) else "", asked == unasked != "",
             frozenset(control),
         )  # fmt: skip
     return known[text]
-
-
-def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # The template writes special tokens itself: the tokenizer would put a second BOS in front.
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
 
 
 def _render(
@@ -252,7 +247,7 @@ def _as_parts(messages: Sequence[Turn]) -> list[dict[str, Any]]:
 
 def _until_its_end(tokenizer: PreTrainedTokenizerBase, prompt: str, completion: str) -> str:
     """`completion` up to the first control token, that included: the answer and the end of its turn."""
-    ids, start = _ids(tokenizer, prompt + completion), len(_ids(tokenizer, prompt))
+    ids, start = token_ids(tokenizer, prompt + completion), len(token_ids(tokenizer, prompt))
     ends = [token for token in ids[start:] if token in template_of(tokenizer).control]
     if not ends:
         return completion

@@ -38,7 +38,15 @@ from prefmill.training.adapter import add_adapter, put_on
 from prefmill.training.bad_rows import BadRows, report_dropped
 from prefmill.training.batches import GroupPart, Microbatch, one_by_one, plan_group_batches
 from prefmill.training.config import TrainingConfig, accumulation
-from prefmill.training.data import Group, PreferencePair, group_by_prompt, no_images, read_pairs, swap_by_coin
+from prefmill.training.data import (
+    Group,
+    PreferencePair,
+    group_by_prompt,
+    no_images,
+    read_pairs,
+    swap_by_coin,
+    tokenising,
+)
 from prefmill.training.family import Family, Reference, by_group
 from prefmill.training.finished import kept_dtype, loading_precision
 from prefmill.training.loop import TrainingSpec, run_training
@@ -130,7 +138,7 @@ def load_groups(
     pairs = (_placed(pair, reader) for pair in read_pairs(path))
     chosen = swap_by_coin(pairs, config.seed) if shuffle else pairs
     bad = BadRows.of(config, task)
-    groups = group_by_prompt(chosen, reader.encode if reader else partial(encode, tokenizer), bad)
+    groups = group_by_prompt(tokenising(chosen, path), reader.encode if reader else partial(encode, tokenizer), bad)
     bad.tell(len(groups))
     dropped = [
         {"id": pair.pair_id, "file": path.parent.name, "num_tokens": group.tokens_of(pair)}

@@ -16,6 +16,7 @@ from prefmill.core.errors import ConfigError, InputError
 from prefmill.families.causal.chat import end_token_ids, image_paths, prompt_text
 from prefmill.families.causal.positions import position_border
 from prefmill.families.causal.thoughts import said
+from prefmill.families.causal.token_ids import token_ids
 from prefmill.families.causal.vision_parts import sees_both_ways
 from prefmill.store.missing import Progress, in_batches, kept_rows, silent
 
@@ -73,9 +74,8 @@ def encode_prompts(
     for key, messages in chats.items():
         if reader is not None:
             ids, images = tuple(reader.encode_prompt(messages)), tuple(image_paths(messages))
-        else:  # the template wrote the special tokens
-            text = prompt_text(tokenizer, messages)
-            ids, images = tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), ()
+        else:
+            ids, images = tuple(token_ids(tokenizer, prompt_text(tokenizer, messages))), ()
         requests += [GenerationRequest(key, sample, ids, images) for sample in range(num_samples)]
     return requests
 

@@ -17,6 +17,7 @@ from prefmill.core.errors import InputError
 from prefmill.core.records import IMAGE_MARKER
 from prefmill.families.causal.chat import Answer, encode, encode_turns, image_paths, prompt_text
 from prefmill.families.causal.image_limits import ImageLimits
+from prefmill.families.causal.token_ids import token_ids
 from prefmill.families.causal.vision_parts import KeptProcessor
 from prefmill.store.pictures import DECODER
 
@@ -88,8 +89,7 @@ class ImageReader:
 
     def encode_prompt(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Token ids of the prompt alone, as `encode` gives them."""
-        ids: list[int] = self.tokenizer(prompt_text(self._writer, messages), add_special_tokens=False)["input_ids"]
-        return ids
+        return token_ids(self.tokenizer, prompt_text(self._writer, messages))
 
     def collapsed(self, prompt: Sequence[int]) -> list[int]:
         """`prompt` with one token an image, as the chat template has it."""
@@ -129,6 +129,9 @@ class _ImageWriter:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._tokenizer, name)
+
+    def __len__(self) -> int:
+        return len(self._tokenizer)
 
     def __call__(self, *given: Any, **options: Any) -> Any:
         return self._tokenizer(*given, **options)

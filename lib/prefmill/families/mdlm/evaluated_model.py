@@ -17,6 +17,7 @@ from prefmill.core.files import digest_json
 from prefmill.distributed.devices import has_gpu
 from prefmill.families.causal.chat import encode, end_token_ids, prompt_text
 from prefmill.families.causal.loading import LOADING, ORIGIN
+from prefmill.families.causal.token_ids import token_ids
 from prefmill.families.causal.whole import require_embedded
 from prefmill.families.mdlm.estimator import block_sizes
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
@@ -202,10 +203,7 @@ class Loaded:
         return [chain(self.model, prompt, response, *how) for prompt, response in samples]
 
     def _prompt(self, text: str) -> list[int]:
-        said = prompt_text(self.tokenizer, [{"role": "user", "content": text}])
-        # The template has written the first token: a tokenizer such as Llama's would add it again.
-        ids: list[int] = self.tokenizer(said, add_special_tokens=False)["input_ids"]
-        return ids
+        return token_ids(self.tokenizer, prompt_text(self.tokenizer, [{"role": "user", "content": text}]))
 
     def _answer(self, ids: list[int], ends: Collection[int]) -> WrittenAnswer:
         # Ends are taken out by id: one that is no special token would stay in the text.
