@@ -54,8 +54,11 @@ def interrupted_by_term() -> Iterator[None]:
         signal.signal(signal.SIGHUP, _hang_up)
     try:
         yield
-    except BrokenPipeError:  # of `prefmill run | tee log`
-        print_nowhere(1)
+    except BrokenPipeError:  # of `prefmill run | tee log`, or `2>&1 | tee log`
+        gone = os.fstat(1)
+        for descriptor in (1, 2):
+            if os.path.samestat(gone, os.fstat(descriptor)):
+                print_nowhere(descriptor)
         raise KeyboardInterrupt from None
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -44,7 +44,7 @@ def of_stages_and_pipeline(
     Raises ConfigError for one that is neither, or no key=value.
     """
     words = joined(overrides)
-    require_signs(words)
+    require_signs(words, stages)
     own, others = [], []
     for word in words:
         stage, dot, rest = word.partition("=")[0].partition(".")
@@ -81,14 +81,16 @@ def with_stage_keys(values: Mapping[str, Any], overrides: Sequence[str]) -> dict
     return {**values, "stages": stages}
 
 
-def require_signs(overrides: Sequence[str]) -> None:
+def require_signs(overrides: Sequence[str], stages: Sequence[str] = ()) -> None:
     """Raise ConfigError for a word that is not key=value, with the next one as its value where that is none either."""
     for word, following in zip_longest(overrides, overrides[1:], fillvalue="="):
         if "=" not in word:
-            is_value = "=" not in following
+            names_stage = word.partition(":")[0] in stages
+            is_value = "=" not in following and not names_stage
+            pair = f"write {word}={following if is_value else 'VALUE'}"
             raise ConfigError(
                 "an override is written key=value", got=f"{word} {following}" if is_value else repr(word),
-                fix=f"write {word}={following if is_value else 'VALUE'}",
+                fix=f"`run` and `submit` take a stage or task as --only {word}" if names_stage else pair,
             )  # fmt: skip
 
 

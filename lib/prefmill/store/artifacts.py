@@ -90,7 +90,9 @@ def read(folder: Path, kind: str | None = None) -> Artifact:
 def _elsewhere(folder: Path) -> str:
     """Which folder may be meant: one inside it, where this is a stage's, or one that is spelled nearly so."""
     inside = sorted(path.parent for path in folder.glob(f"[!.]*/{MANIFEST}"))
-    there = next((path for path in (folder, *folder.parents) if path.is_dir()), folder)
+    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if there.is_file():
+        return f"give a folder that a stage wrote; a file goes into a key of the stage that takes one: {there.name}"
     if there != folder and not inside:
         missing = folder.relative_to(there).parts[0]
         near = nearest(missing, [path.name for path in there.iterdir()])

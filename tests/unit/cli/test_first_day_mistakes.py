@@ -102,6 +102,22 @@ def test_a_folder_beside_the_artifact_is_answered_with_the_artifact(tmp_path: Pa
             read(tmp_path / folder)
 
 
+@pytest.mark.parametrize("given", ["pairs.jsonl", "pairs.jsonl/all"])
+def test_a_file_of_ones_own_in_the_place_of_an_artifact_is_told_as_that(given: str, tmp_path: Path) -> None:
+    """It was asked whether 'pairs.jsonl' was meant by 'pairs.jsonl', which the folder did not have."""
+    (tmp_path / "pairs.jsonl").write_text("{}")
+    with pytest.raises(PrefmillError, match=r"give a folder that a stage wrote; a file .*: pairs\.jsonl"):
+        read(tmp_path / given)
+
+
+@pytest.mark.parametrize("word", ["sft", "sft:clean"])
+def test_a_stage_as_a_word_of_its_own_is_told_the_option_for_it(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The advice was `write sft=VALUE`, which is refused as well."""
+    assert main(["run", str(DEMO), "--dry-run", word, "dpo"]) == 2
+    assert f"take a stage or task as --only {word}\n" in capsys.readouterr().err
+    assert main(["run", str(DEMO), "--dry-run", "--only", word]) == 0
+
+
 def test_a_path_that_is_misspelt_is_told_before_the_stages_that_come_first(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

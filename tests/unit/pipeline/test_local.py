@@ -207,14 +207,19 @@ try:
         print("a line", flush=True)
 except KeyboardInterrupt:
     print("what is said while tasks save", flush=True)
+    print("interrupted", file=sys.stderr)
     sys.exit(130)
 """
 
 
-def test_a_reader_that_has_gone_is_taken_for_ctrl_c() -> None:
-    """`prefmill run | tee log` on a full disk: trainings were ended at once, and nothing said so."""
+@pytest.mark.parametrize(("stderr", "said"), [(subprocess.PIPE, "interrupted\n"), (subprocess.STDOUT, None)])
+def test_a_reader_that_has_gone_is_taken_for_ctrl_c(stderr: int, said: str | None) -> None:
+    """`prefmill run | tee log` on a full disk: trainings were ended at once, and nothing said so.
+
+    With `2>&1` the command ended as a failed one, by the error of its own last word.
+    """
     reader, writer = os.pipe()
     os.close(reader)
-    done = subprocess.run([sys.executable, "-c", _UNREAD], stdout=writer, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, "-c", _UNREAD], stdout=writer, stderr=stderr, text=True)
     os.close(writer)
-    assert (done.returncode, done.stderr) == (130, "")
+    assert (done.returncode, done.stderr) == (130, said)
