@@ -65,7 +65,7 @@ def test_the_same_configuration_makes_the_same_rows(workspace: Path) -> None:
 
 def test_a_corpus_whose_ratings_would_be_written_otherwise_is_told(workspace: Path) -> None:
     narrow = ("ingest_reviews.sources=[{format: generated, num_papers: 24, rating_max: 11}]",)
-    assert "sources.0.rating_max was 10, is 11" in inspect(plan("old", *narrow))["ingest_reviews:all"].reasons[0]
+    assert "sources[0].rating_max was 10, is 11" in inspect(plan("old", *narrow))["ingest_reviews:all"].reasons[0]
     config = validate(IngestReviewsConfig, {"sources": [{"format": "generated", "num_papers": 3, "rating_max": 11}]})
     (source,) = identity(config)["sources"]
     assert source["scale"] == "kept"

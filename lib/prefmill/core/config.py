@@ -20,7 +20,7 @@ from prefmill.core.aliases import aliases_in, without_sections
 from prefmill.core.errors import ConfigError, nearest
 from prefmill.core.files import known_digest
 from prefmill.core.revisions import require_hub_names
-from prefmill.core.unknown_keys import explain
+from prefmill.core.unknown_keys import explain, written
 from prefmill.core.yaml_numbers import require_plain_numbers
 
 
@@ -273,7 +273,7 @@ def validate(
         # JSON mode keeps strictness while text may become a path and a list a tuple.
         return schema.model_validate_json(json.dumps(dict(values), default=str))
     except ValidationError as error:
-        problems = explain(schema, error, origins)
+        problems = explain(schema, error, values, origins)
         raise ConfigError(
             f"invalid configuration ({schema.__name__})", where=where, got="\n".join(["", *problems]),
             fix="correct these keys where they are given; `--help` of a stage explains each of its keys",
@@ -302,10 +302,10 @@ def identity(config: BaseModel, digest: Callable[[Path], Any] = known_digest) ->
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Dotted key and value of every leaf, for comparing two configurations; a list of mappings goes by index."""
+    """Dotted key and value of every leaf, for comparing two configurations; as errors name it."""
     for key, value in values.items():
         if isinstance(value, list) and any(isinstance(item, Mapping) for item in value):
-            yield from flatten({str(index): item for index, item in enumerate(value)}, f"{prefix}{key}.")
+            yield from flatten({written((key, index)): item for index, item in enumerate(value)}, prefix)
         elif isinstance(value, Mapping) and value:
             yield from flatten(value, f"{prefix}{key}.")
         else:

@@ -82,26 +82,49 @@ _WORDS = {
 }
 
 
-def explain(schema: type[BaseModel], error: ValidationError, origins: Mapping[str, object]) -> list[str]:
-    """A line for every wrong key: what is wrong with it, its value, and where it was given by `origins`."""
+def written(location: Sequence[str | int]) -> str:
+    """A place in a configuration or a row, an element of a list in brackets: `sources[0].path`."""
+    return "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in location).removeprefix(".")
+
+
+def _given_at(schema: Any, location: Sequence[str | int], values: Any) -> list[str | int]:
+    """`location` without the tag or type of a union's member, which pydantic names too and nobody writes."""
+    kept: list[str | int] = []
+    for number, part in enumerate(location):
+        # Where a validator of ours has changed the values, None are known.
+        is_key = isinstance(values, dict | None) and part in keys_at(schema, location[:number])
+        if isinstance(part, int) or is_key or (isinstance(values, dict) and part in values):
+            kept.append(part)
+            inside = dict(enumerate(values)) if isinstance(values, list) else values
+            values = inside.get(part) if isinstance(inside, dict) else None
+    return kept
+
+
+def explain(
+    schema: type[BaseModel], error: ValidationError, values: Mapping[str, Any], origins: Mapping[str, object]
+) -> list[str]:
+    """A line for every wrong key of `values`: what is wrong with it, its value, and where it was given by `origins`."""
     listed: set[str] = set()
-    return [_explain(schema, detail, origins, listed) for detail in error.errors(include_url=False)]
+    lines = []
+    for detail in error.errors(include_url=False):
+        given = _given_at(schema, detail["loc"], values)
+        dotted = ".".join(map(str, given))
+        places = [origin for key, origin in origins.items() if f"{dotted}.".startswith(f"{key}.")]
+        lines.append(f"    {_explain(schema, detail, written(given), f', {places[-1]}' if places else '', listed)}")
+    return lines
 
 
-def _explain(schema: type[BaseModel], detail: ErrorDetails, origins: Mapping[str, object], listed: set[str]) -> str:
-    location = ".".join(str(part) for part in detail["loc"])
-    places = [origin for key, origin in origins.items() if f"{location}.".startswith(f"{key}.")]
-    place = f", {places[-1]}" if places else ""
+def _explain(schema: type[BaseModel], detail: ErrorDetails, location: str, place: str, listed: set[str]) -> str:
     if detail["type"] == "extra_forbidden":
         hint = instead(str(detail["loc"][-1]), keys_at(schema, detail["loc"][:-1]), listed)
-        return f"    {location}: unknown key{hint}{place}"
+        return f"{location}: unknown key{hint}{place}"
     if detail["type"] in ("union_tag_not_found", "union_tag_invalid"):
-        return f"    {location} = {detail['input']!r:.200}: {told_kinds(detail)}{place}"
+        return f"{location} = {detail['input']!r:.200}: {told_kinds(detail)}{place}"
     if detail["type"] == "missing":
-        return f"    {location}: required, but not given"
+        return f"{location}: required, but not given"
     if detail["type"] == HIDDEN:
-        return f"    {location}: {detail['msg']}{place}"
+        return f"{location}: {detail['msg']}{place}"
     # pydantic's own first words for what a validator of ours says.
     said = _WORDS.get(detail["type"]) or detail["msg"].removeprefix("Value error, ")
     # Of a whole configuration, the beginning says nothing: a validator names its keys.
-    return f"    {said}" if not detail["loc"] else f"    {location} = {detail['input']!r:.200}: {said}{place}"
+    return said if not detail["loc"] else f"{location} = {detail['input']!r:.200}: {said}{place}"

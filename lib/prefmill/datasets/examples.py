@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from prefmill.core.unknown_keys import written
 from prefmill.datasets.registry import DatasetKey
 from prefmill.reviews.prompt import asked_scale, split_completion
 from prefmill.reviews.scale import COMMON_SCALE, Scale, rescaled
@@ -157,5 +158,4 @@ def _require_roles(found: list[str], expected: list[str]) -> None:
 
 
 def _explain(detail: Any) -> str:
-    location = ".".join(str(part) for part in detail["loc"]) or "row"
-    return f"{location}: {detail['msg']}"
+    return f"{written(detail['loc']) or 'row'}: {detail['msg']}"

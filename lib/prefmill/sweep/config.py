@@ -37,11 +37,11 @@ class SearchInterval(StrictConfig):
 def _kind(item: Any) -> str:
     """Which of the two is meant: pydantic would list the faults of both, by names of its own."""
     has_choices = isinstance(item, Choices) or (isinstance(item, Mapping) and "choices" in item)
-    return "choices" if has_choices else "interval"
+    return "listed" if has_choices else "interval"
 
 
 SpaceItem = Annotated[
-    Annotated[Choices, Tag("choices")] | Annotated[SearchInterval, Tag("interval")], Discriminator(_kind)
+    Annotated[Choices, Tag("listed")] | Annotated[SearchInterval, Tag("interval")], Discriminator(_kind)
 ]
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
 
-from prefmill.core.config import ExternalPath, StrictConfig, flatten, identity, load, read_yaml, runtime
+from prefmill.core.config import ExternalPath, StrictConfig, flatten, identity, load, read_yaml, runtime, validate
 from prefmill.core.errors import ConfigError, InputError
 from prefmill.core.stage import load_stage, stage_names
 from tests.conftest import REPOSITORY
@@ -40,13 +41,13 @@ def test_overrides_win_over_the_file(tmp_path: Path) -> None:
         ("num_train_epochs=two", ["num_train_epochs = 'two'", "valid integer"]),
         ("num_train_epochs=2.5", ["num_train_epochs = 2.5"]),
         ("learning_rate=.nan", ["learning_rate"]),
-        ("sources=[{pth: a}]", ["sources.0.pth: unknown key", "did you mean 'path'", "sources.0.path: required"]),
+        ("sources=[{pth: a}]", ["sources[0].pth: unknown key", "did you mean 'path'", "sources[0].path: required"]),
         ("num_train_epochs", ["an override is written key=value", "num_train_epochs=VALUE"]),
         ("output=${oc.env:HOME}", ["no variables of the environment", "for a secret, give the variable's name"]),
         ("output=${ oc.env:HOME}", ["no variables of the environment"]),
         ("output=${nothing}", ["cannot merge", "no variables of the environment"]),
-        ("sources=[{path: $WORK/a}]", ["sources.0.path = '$WORK/a'", "not read in configurations: write the path"]),
-        ("sources=[{path: ~nobody.here/a}]", ["sources.0.path", "no user of that name"]),
+        ("sources=[{path: $WORK/a}]", ["sources[0].path = '$WORK/a'", "not read in configurations: write the path"]),
+        ("sources=[{path: ~nobody.here/a}]", ["sources[0].path", "no user of that name"]),
     ],
 )
 def test_a_bad_override_names_key_value_and_fix(override: str, expected: list[str]) -> None:
@@ -114,6 +115,32 @@ def test_identity_of_a_folder_is_its_names_and_content(tmp_path: Path) -> None:
 
 def test_flatten_keeps_empty_mappings() -> None:
     assert dict(flatten({"a": {"b": 1, "c": {}}, "d": [1]})) == {"a.b": 1, "a.c": {}, "d": [1]}
+    assert dict(flatten({"a": {"b": [{"c": 1}]}})) == {"a.b[0].c": 1}
+
+
+@pytest.mark.parametrize(
+    ("stage", "keys", "places"),
+    [
+        ("score_reviews", {"engine": {"engine": "vllm"}}, ["engine.model_name_or_path"]),
+        ("ingest_reviews", {"sources": [{"format": "jsonl"}]}, ["sources[0].path"]),
+        ("dpo", {"report_to": ["tensorboard", "x"]}, ["report_to[1]"]),
+        ("dpo", {"lora": {"target_modules": [5]}}, ["lora.target_modules", "lora.target_modules[0]"]),
+        ("mdlm_dpo", {"diffusion_steps": "x"}, ["diffusion_steps", "diffusion_steps"]),
+        ("mdlm_sft", {"resume_from_checkpoint": 5}, ["resume_from_checkpoint", "resume_from_checkpoint"]),
+        ("sdxl_dpo", {"reward_weights": {"a": "x"}}, ["reward_weights.a"]),
+    ],
+)
+def test_an_error_names_the_key_as_it_is_written(stage: str, keys: dict[str, object], places: list[str]) -> None:
+    """Told `engine.vllm.model_name_or_path: required` one gave that key, which was then unknown."""
+    with pytest.raises(ConfigError) as caught:
+        validate(load_stage(stage).config, keys)
+    lines = str(caught.value).splitlines()
+    assert [re.split(": | = ", line.strip())[0] for line in lines if line.startswith("    ")] == places
+
+
+def test_a_wrong_key_of_a_tagged_section_is_told_where_it_was_given() -> None:
+    with pytest.raises(ConfigError, match=r"engine\.x: unknown key[\s\S]*, given on the command line"):
+        load(load_stage("score_reviews").config, {"engine": {"engine": "lexical"}}, ["engine.x=1"])
 
 
 @pytest.mark.parametrize("key", ["Yes", "off"])
@@ -133,7 +160,7 @@ def test_a_key_that_yaml_takes_for_no_word_is_refused(tmp_path: Path, key: str) 
         ({"port": 1}, r"rater = .*: by is missing: it says what the other keys are"),
         (
             {"by": "people", "tie_margin": 1},
-            r"rater.people.tie_margin: unknown key; valid keys: by, port, raters_per_pair$",
+            r"rater\.tie_margin: unknown key; valid keys: by, port, raters_per_pair$",
         ),
     ],
 )

@@ -71,7 +71,7 @@ FORMAT_FAULTS: dict[str, tuple[DatasetKey, Any, str]] = {
     "extra field": (SFT, lambda row: {**row, "note": 1}, "note: Extra"),
     "wrong type": (DPO, lambda row: {**row, "rating_diff": "3"}, "rating_diff"),
     "empty id": (SFT, lambda row: {**row, "id": ""}, "id:"),
-    "empty turn": (SFT, lambda row: {**row, "messages": [row["messages"][0], BLANK]}, "messages.1.content"),
+    "empty turn": (SFT, lambda row: {**row, "messages": [row["messages"][0], BLANK]}, "messages[1].content"),
     "no answer": (SFT, lambda row: {**row, "messages": row["messages"][:1]}, "turns are ['user']"),
     "answer first": (SFT, lambda row: {**row, "messages": row["messages"][::-1]}, "turns are ['assistant', 'user']"),
     "even turns": (DPO, lambda row: {**row, "conversations": row["conversations"] * 2}, "turns are ['human', 'human']"),

@@ -70,7 +70,7 @@ def test_a_retry_leaves_out_the_sites_own_nodes_too() -> None:
 
 @pytest.mark.parametrize("name", ["A=b", "a b", "$(id)", "1x", ""])
 def test_names_of_variables_carry_no_values(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"export\.0: no name of an environment variable; write its name"):
+    with pytest.raises(ConfigError, match=r"export\[0\]: no name of an environment variable; write its name"):
         validate(ClusterFile, {"export": [name]})
 
 

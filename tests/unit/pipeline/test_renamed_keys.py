@@ -107,5 +107,5 @@ def test_what_differs_is_told_by_its_own_key_and_not_by_the_whole_it_stands_in()
         return {"config": {"sources": [{"path": path * 64, "format": "csv"}, {"path": "a" * 64, "format": kind}]}}
 
     assert differences(made("a", "csv"), made("b", "jsonl")) == [
-        "sources.0.path names another file, or its content is new", "sources.1.format was 'csv', is 'jsonl'",
+        "sources[0].path names another file, or its content is new", "sources[1].format was 'csv', is 'jsonl'",
     ]  # fmt: skip
