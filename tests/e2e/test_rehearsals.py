@@ -12,6 +12,7 @@ import pytest
 import yaml
 from pyarrow import parquet
 
+from prefmill.core.stage import load_stage
 from prefmill.pipeline.checked_plan import plan_to_run
 from prefmill.pipeline.plan import make_plan, read_pipeline
 from prefmill.slurm.cluster import ClusterFile
@@ -70,6 +71,18 @@ def test_a_slice_is_of_a_folder_and_of_parquet_too(tmp_path: Path) -> None:
     rehearsal_of(pipeline, make_plan(pipeline, demo), demo, ClusterFile())
     (made,) = tmp_path.rglob("slice0.jsonl")
     assert [json.loads(line)["id"] for line in made.read_text().splitlines()] == ["a", "b" * 400, "c"]
+
+
+@pytest.mark.parametrize("name", ["review", "mdlm_llada", "sdxl"])
+def test_a_rehearsal_keeps_the_trackers_of_this_machine(name: str, tmp_path: Path) -> None:
+    """All were left out, and sdxl_dpo's default one, which crashed, was met first in the real run."""
+    source = REPOSITORY / f"configs/pipelines/{name}.yaml"
+    training = [stage for stage in read_pipeline(source).stages if load_stage(stage).trains]
+    given = [f"{stage}.report_to=[tensorboard,wandb,trackio]" for stage in training[1:]]  # the first has the default
+    pipeline = read_pipeline(source, [f"workspace={tmp_path}", *given])
+    _, rehearsed = rehearsal_of(pipeline, make_plan(pipeline, source), source, ClusterFile())
+    found = {task.stage.name: task.config.report_to for task in rehearsed.tasks if task.stage.name in training}
+    assert found == {training[0]: ["tensorboard"]} | {stage: ["tensorboard", "trackio"] for stage in training[1:]}
 
 
 @pytest.mark.slow

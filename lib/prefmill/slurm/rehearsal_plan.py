@@ -106,15 +106,17 @@ def _short_training(config: TrainingConfig, ranks: int, on: str) -> dict[str, An
     """Short, but long enough to be interrupted twice; precision, parallelism and checkpointing as they are."""
     # One microbatch a step: every step is then as short as this number of ranks allows.
     at_once = config.per_device_train_batch_size * ranks
+    # A tracker that fails, fails in the rehearsal; W&B's server would be sent what is none of the run's.
+    always = {"save_steps": SAVE_STEPS, "report_to": [name for name in config.report_to if name != "wandb"]}
     keys: dict[str, Any] = {
-        "save_steps": SAVE_STEPS, "logging_steps": LOGGING_STEPS, "effective_batch_size": at_once, "report_to": [],
+        **always, "logging_steps": LOGGING_STEPS, "effective_batch_size": at_once,
         "num_train_epochs": min(at_once, 32),  # some hundred steps, whatever the number of ranks
     }  # fmt: skip
     if getattr(config, "max_steps", None):
         keys["max_steps"] = STEPS
     if on != "images":
         keys |= {"max_length": min(config.max_length, LENGTH), "on_overlong": "drop"}
-    return keys if type(config).__name__ != "TinyModelConfig" else {"save_steps": SAVE_STEPS, "report_to": []}
+    return keys if type(config).__name__ != "TinyModelConfig" else always
 
 
 def _slice(source: dict[str, Any], number: int, folder: Path) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BeforeValidator
+from pydantic import BeforeValidator
 
 from prefmill.core.errors import nearest
 
@@ -65,17 +65,9 @@ def require_usable(names: list[str], supplies: frozenset[Need]) -> list[str]:
     return names
 
 
-def require_known(name: str) -> str:
-    """`name` as it is; raises ValueError for one that no objective has."""
-    if name not in NEEDS:
-        raise ValueError(f"no objective '{name}'{nearest(name, list(NEEDS))}; objectives are {', '.join(NEEDS)}")
-    return name
-
-
 def listed(given: Any) -> Any:
     """A word as a list of one, as other trainers' files and flags have it."""
     return [given] if isinstance(given, str) else given
 
 
-ObjectiveName = Annotated[str, AfterValidator(require_known)]
 ObjectiveNames = Annotated[list[str], BeforeValidator(listed)]

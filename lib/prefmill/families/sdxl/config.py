@@ -5,15 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from prefmill.core.config import ExternalPath, later, renamed, runtime
 from prefmill.core.places import expand_home
-from prefmill.families.sdxl.folders import is_pipeline_adapter, merged_once
+from prefmill.families.sdxl.folders import is_flow, is_pipeline_adapter, merged_once
 from prefmill.training.config import OF_TEXT_MODELS, LoraConfig, TrainingConfig
-from prefmill.training.objective_names import ObjectiveName
+from prefmill.training.objective_names import Need, require_usable, usable_with
 from prefmill.training.transformers_names import Optimizer
 
+ERRORS: dict[bool, Need] = {False: "noise_errors", True: "velocity_errors"}  # a model has one of them: of `is_flow`
 ATTENTION = ("sdpa", "xformers", "sliced")
 MAPO = {"beta": 0.1, "mapo_snr": 0.5}  # its authors' numbers (train.py of mapo-t2i)
 _OF_DSPO = ("dspo_lambda", "dspo_stop_gradient")
@@ -40,6 +41,9 @@ class AdapterConfig(LoraConfig):
 class SdxlPreferenceConfig(TrainingConfig):
     """Keys of sdxl_dpo; `max_steps` takes the place of `num_train_epochs`, `lora: null` trains the whole UNet."""
 
+    supplies: ClassVar[frozenset[Need]] = frozenset(
+        {"reference", "errors", *ERRORS.values(), "residuals", "soft_label"}
+    )
     own_head: ClassVar[bool] = True
     compiles_itself: ClassVar[bool] = True
 
@@ -58,7 +62,7 @@ class SdxlPreferenceConfig(TrainingConfig):
         "fp32", description="of the VAE; fp16 only with one made for it"
     )
 
-    objective: ObjectiveName = Field(
+    objective: str = Field(
         "dspo",
         description="dpo, dspo, dspo_official_sdxl, dspo_rm, mapo, sft, sigmoid, hinge, ipo; for SD 3, FLUX flow_dpo",
     )
@@ -125,6 +129,24 @@ class SdxlPreferenceConfig(TrainingConfig):
         if not isinstance(values, dict) or values.get("objective") != "mapo":
             return values
         return {**MAPO, **{key: value for key, value in values.items() if key not in MAPO or value is not None}}
+
+    @field_validator("objective")
+    @classmethod
+    def _fits_the_family(cls, name: str) -> str:
+        return require_usable([name], cls.supplies)[0]
+
+    @model_validator(mode="after")
+    def _fits_the_model(self) -> Self:
+        """Before anything is spent, where the model is named here and not by an input, and is on this machine."""
+        flow = is_flow(self.model_name_or_path, self.revision) if self.model_name_or_path else None
+        usable = usable_with(self.supplies if flow is None else self.supplies - {ERRORS[not flow]})
+        if self.objective not in usable:
+            kind = "a velocity" if flow else "noise"
+            raise ValueError(
+                f"objective {self.objective} is not of {self.model_name_or_path}, which predicts {kind}: take one of "
+                f"{', '.join(usable)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -19,13 +19,13 @@ from prefmill.distributed.devices import device_kind
 from prefmill.distributed.sharding import unsharded_loading, whole_weights
 from prefmill.families.reward.data import Half, counted_alike, in_half
 from prefmill.families.sdxl.callbacks import Ema, SampleGrid, TensorBoardCurves
-from prefmill.families.sdxl.config import SdxlPreferenceConfig
+from prefmill.families.sdxl.config import ERRORS, SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages, balance_labels, read_image_pairs
 from prefmill.families.sdxl.encoding import ImageKeys, tell_cut, tell_mirrored, text_keys
 from prefmill.families.sdxl.export import save_finished
 from prefmill.families.sdxl.family import PairReader, SdxlFamily, sdxl_family
 from prefmill.families.sdxl.loading import SdxlFolder, load_policy, open_folder, require_made_for, require_patches
-from prefmill.families.sdxl.noise import ERRORS, Schedule
+from prefmill.families.sdxl.noise import Schedule
 from prefmill.families.sdxl.reference import ReferenceErrors, used_by
 from prefmill.families.sdxl.soft_labels import with_soft_labels
 from prefmill.store.tensor_cache import TensorCache
@@ -99,7 +99,7 @@ def choose_objective(config: SdxlPreferenceConfig, settings: Settings, schedule:
     """The configured objective, with the anchor to the winner's error where it has a weight."""
     anchor = [("sft", config.sft_weight)] if config.sft_weight else []
     names, weights = zip((config.objective, 1.0), *anchor, strict=True)
-    return mix(names, weights, settings, SdxlFamily.supplies - ERRORS | {schedule.supplies})
+    return mix(names, weights, settings, SdxlFamily.supplies - {*ERRORS.values()} | {schedule.supplies})
 
 
 def _pairs(config: SdxlPreferenceConfig, artifact: Artifact, split: ImageSplit) -> list[PairImages]:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.encoding import ImageKeys, Size, TextKeys, encode_images, encode_texts
 from prefmill.families.sdxl.loading import SdxlFolder
-from prefmill.families.sdxl.noise import ERRORS, Schedule, draw
+from prefmill.families.sdxl.noise import Schedule, draw
 from prefmill.store.pictures import image_size
 from prefmill.store.tensor_cache import TensorCache
 from prefmill.training.batches import GroupPart, Movable
@@ -158,7 +159,7 @@ class SdxlFamily(Family):
     Where the gradient goes through the `winner_alone`, the losers run without one, which saves their backward pass.
     """
 
-    supplies = frozenset({"reference", "errors", *ERRORS, "residuals", "soft_label"})  # a model has one of ERRORS
+    supplies = SdxlPreferenceConfig.supplies
 
     schedule: Schedule
     residuals: bool = False

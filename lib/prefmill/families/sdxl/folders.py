@@ -10,6 +10,7 @@ from typing import Any
 
 from prefmill.core.errors import InputError
 from prefmill.core.places import expand_home, looks_local
+from prefmill.core.revisions import snapshot
 from prefmill.training.adapter_folder import is_adapter
 
 PIPELINE_FILE = "model_index.json"
@@ -55,6 +56,15 @@ def local_folder(name: str) -> Path | None:
             fix="give a diffusers folder, or a hub name such as stabilityai/stable-diffusion-xl-base-1.0",
         )  # fmt: skip
     return None
+
+
+def is_flow(name: str, revision: str | None = None) -> bool | None:
+    """Whether the pipeline predicts velocities, as those with a transformer do; None where it is not here."""
+    index = (snapshot(name, revision) or expand_home(name)) / PIPELINE_FILE
+    try:
+        return "transformer" in json.loads(index.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def _folder_of(file: Path) -> str:

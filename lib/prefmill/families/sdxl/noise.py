@@ -17,7 +17,6 @@ from prefmill.core.errors import ConfigError
 from prefmill.families.sdxl.backbone import Call, call_sdxl
 from prefmill.training.objective_names import Need
 
-ERRORS: frozenset[Need] = frozenset({"noise_errors", "velocity_errors"})
 _READ = (
     "num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas", "prediction_type",
     "rescale_betas_zero_snr",

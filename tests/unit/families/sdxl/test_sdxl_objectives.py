@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import mpmath
 import pytest
@@ -230,6 +233,32 @@ def test_images_supply_what_these_objectives_need_and_no_lengths() -> None:
         mix(["simpo"], [1.0], SETTINGS, SdxlFamily.supplies)
     assert "lengths" in str(refused.value)
     assert "mapo" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("parts", "refused"),
+    [
+        ([], set()),  # not on this machine
+        (["unet", "vae"], {"flow_dpo"}),
+        (["transformer", "vae"], {"dpo", "dspo", "dspo_official_sdxl", "mapo"}),
+    ],
+)
+def test_an_objective_that_cannot_be_trained_is_refused_in_the_plan(
+    parts: list[str], refused: set[str], tmp_path: Path
+) -> None:
+    """`simpo`, and the default objective on SD 3, were refused when the task had its GPU."""
+    of_images = {"sigmoid", "hinge", "ipo", "sft", "dpo", "flow_dpo", "dspo", "dspo_official_sdxl", "dspo_rm", "mapo"}
+    if parts:
+        (tmp_path / "model_index.json").write_text(json.dumps({part: ["diffusers", "X"] for part in parts}))
+    found = set()
+    for name in OBJECTIVES:
+        with contextlib.suppress(ConfigError):
+            found.add(
+                validate(SdxlPreferenceConfig, {"model_name_or_path": str(tmp_path), "objective": name}).objective
+            )
+    assert found == of_images - refused
+    with pytest.raises(ConfigError, match="take one of" if parts else "objectives are sigmoid, hinge"):
+        validate(SdxlPreferenceConfig, {"model_name_or_path": str(tmp_path), "objective": min(refused or {"simpo"})})
 
 
 def test_sft_weight_adds_the_winners_error() -> None:
