@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import DataCollatorForSeq2Seq, PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
@@ -23,6 +22,7 @@ from prefmill.training.checkpoints import newest_checkpoint
 from prefmill.training.config import TrainingConfig
 from prefmill.training.publish import save_finished
 
+EncodedChat = dict[str, list[int]]  # `input_ids` and `labels`
 _IGNORED = -100  # a label that takes no part in the loss
 
 
@@ -33,19 +33,6 @@ class ReviewChat:
     review_id: str
     messages: list[Message]
     answer: str
-
-
-class ChatDataset(Dataset[dict[str, list[int]]]):
-    """Encoded chats, in memory: `input_ids` and `labels`."""
-
-    def __init__(self, rows: Sequence[dict[str, list[int]]]) -> None:
-        self.rows = rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return self.rows[index]
 
 
 def training_chats(corpus: Artifact) -> list[ReviewChat]:
@@ -82,7 +69,7 @@ def chat_texts(chats: Iterable[ReviewChat]) -> Iterator[str]:
 
 def encode_chats(
     chats: Sequence[ReviewChat], tokenizer: PreTrainedTokenizerBase, config: TrainingConfig, task: Task, on_prompt: bool
-) -> ChatDataset:
+) -> list[EncodedChat]:
     """The chats as `input_ids` and `labels`; over-long ones are reported and dropped, or refused."""
     rows, dropped = [], []
     for chat in tqdm(chats, desc="tokenising reviews", unit=" rows"):
@@ -93,12 +80,13 @@ def encode_chats(
             labels = (prompt if on_prompt else [_IGNORED] * len(prompt)) + answer
             rows.append({"input_ids": prompt + answer, "labels": labels})
     report_dropped(task, dropped, len(rows), config)
-    return ChatDataset(rows)
+    return rows
 
 
 def pretrain(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: ChatDataset, config: TrainingConfig, task: Task
-) -> Metrics:
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, rows: Sequence[EncodedChat], config: TrainingConfig,
+    task: Task,
+) -> Metrics:  # fmt: skip
     """Train `model` on `rows`, resuming from the newest complete checkpoint, and write it as a Hugging Face folder."""
     # Chats differ much in length: group_by_length keeps padding from being much of the work.
     trainer = Trainer(

@@ -83,15 +83,15 @@ class GroupDPOTrainer(DPOTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not hasattr(dataset, "__len__") or self.args.train_sampling_strategy != "random":
-            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
-            return sampler
         # transformers ends such a training at step 0, and whoever goes on saves an untrained model.
-        if not len(dataset):
+        if hasattr(dataset, "__len__") and not len(dataset):
             raise InputError(
                 "no rows to train on", got="none that TRL has left", expected="answers within max_length tokens",
                 fix="raise max_length; of rows whose prompt alone fills it nothing is trained",
             )  # fmt: skip
+        if not hasattr(dataset, "__len__") or self.args.train_sampling_strategy != "random":
+            sampler: Sampler[int] | None = super()._get_train_sampler(train_dataset)
+            return sampler
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         # Numbers hash alike in every process, unlike text: all ranks must draw one order.
         return PromptSampler([hash(tuple(ids)) for ids in dataset["prompt_ids"]], self._train_batch_size, seed)

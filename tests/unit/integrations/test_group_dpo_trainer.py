@@ -205,10 +205,12 @@ def test_prompts_stay_together_in_every_epoch() -> None:
     assert sum(split[number] > -(-size // 8) for number, size in enumerate(sizes)) <= 3
 
 
-def test_rows_that_are_all_beyond_the_length_are_no_training(tiny_qwen2: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("order", ["random", "sequential"])
+def test_rows_that_are_all_beyond_the_length_are_no_training(order: str, tiny_qwen2: Path, tmp_path: Path) -> None:
     """TRL's trainer ends in an error of torch (num_samples=0); with max_steps this one trained nothing."""
+    keys = {"max_length": 3, "max_steps": 1, "train_sampling_strategy": order}
     with pytest.raises(InputError, match="raise max_length"):
-        make("group", tiny_qwen2, tmp_path, rows(), max_length=3, max_steps=1).train()
+        make("group", tiny_qwen2, tmp_path, rows(), **keys).train()
 
 
 def test_images_are_sent_to_the_stage(tiny_qwen2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

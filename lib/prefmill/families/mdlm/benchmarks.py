@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from math import isfinite
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -12,6 +13,12 @@ from pydantic import Field, model_validator
 from prefmill.core.config import ExternalPath, StrictConfig
 from prefmill.core.errors import InputError
 from prefmill.store.row_files import SourceRow, file_rows, hub_rows
+
+_NAMES = ("question", "choices", "answer")
+_EXPECTED = {
+    "multiple_choice": "question, choices (a list of texts), answer (a choice's label, number from 0 or letter)",
+    "exact_match": "question, answer (a text or a number)",
+}
 
 
 class BenchmarkConfig(StrictConfig):
@@ -64,43 +71,52 @@ def read_questions(config: BenchmarkConfig) -> list[Question]:
 
 
 def _question(row: SourceRow, config: BenchmarkConfig) -> Question:
-    values = {name: row.values.get(config.columns.get(name, name)) for name in ("question", "choices", "answer")}
+    question, choices, answer = (row.values.get(config.columns.get(name, name)) for name in _NAMES)
     name = str(row.values.get("id", row.number))
-    try:
-        choices = _choices(values["choices"]) if config.kind == "multiple_choice" else ()
-        answer = str(values["answer"]) if not choices else choices[_place(values["answer"], values["choices"])]
-    except (IndexError, TypeError, ValueError, KeyError):
-        choices, answer = (), ""
-    if not isinstance(values["question"], str) or not answer or (config.kind == "multiple_choice" and not choices):
+    if config.kind == "multiple_choice":
+        texts = _choices(choices)
+        right = _chosen(_text(answer), choices, texts)
+    else:
+        texts, right = (), _text(answer)
+    if not isinstance(question, str) or not right:
+        known = zip(_NAMES, (question, choices, answer), strict=True)
         raise InputError(
-            f"not a row of {config.kind}", where=row.where, got=f"keys {', '.join(row.values)}",
-            expected="question, answer" + (", choices" if config.kind == "multiple_choice" else ""),
-            fix="map the data's names with columns",
+            f"not a row of {config.kind}", where=row.where,
+            got=", ".join(f"{name} {value!r:.80}" for name, value in known if name in _EXPECTED[config.kind]),
+            expected=_EXPECTED[config.kind], fix="map the data's names with columns, or write its values so",
         )  # fmt: skip
     # GSM8K's answers are worked out in text, the number behind ####.
-    if "####" in answer:
+    if "####" in right:
         raise InputError(
-            "this answer is a solution, which no model writes word for word", where=row.where, got=answer[-60:],
+            "this answer is a solution, which no model writes word for word", where=row.where, got=right[-60:],
             expected="a text that is the answer", fix="set harness.tasks=[gsm8k], which reads the number off",
         )  # fmt: skip
-    return Question(name, values["question"], choices, answer)
+    return Question(name, question, texts, right)
+
+
+def _text(value: Any) -> str:
+    """A text, or a number as one would write it; "" for anything else: no model is to write `None`, or a list."""
+    if isinstance(value, float):  # of a table with gaps, where 4 is 4.0
+        return f"{value:.0f}" if value.is_integer() else str(value) if isfinite(value) else ""
+    return str(value) if isinstance(value, (str, int)) else ""
 
 
 def _choices(value: Any) -> tuple[str, ...]:
-    """The texts of choices: a list, or as the hub's {"text": [...], "label": [...]}."""
-    texts = value["text"] if isinstance(value, Mapping) else value
-    return tuple(str(text) for text in texts)
+    """The texts of choices: a list, or as the hub's {"text": [...], "label": [...]}; none where one is no text."""
+    given = value.get("text") if isinstance(value, Mapping) else value
+    listed: Sequence[Any] = given if isinstance(given, (list, tuple)) else ()  # a text's letters would be choices
+    texts = tuple(str(item) for item in listed if _text(item))
+    return texts if len(texts) == len(listed) else ()
 
 
-def _place(answer: Any, choices: Any) -> int:
-    """A choice's number from 0: by its own label (ARC has letters or 1 to 4), else its number or letter."""
-    labels = [str(label) for label in choices.get("label", ())] if isinstance(choices, Mapping) else []
-    if labels:
-        return labels.index(str(answer).strip())
-    if isinstance(answer, str) and answer.strip().upper() in set("ABCDEFGHIJ"):
-        return ord(answer.strip().upper()) - ord("A")
-    place = int(answer)
-    # A negative number would count from the last choice, and be taken for right.
-    if place < 0:
-        raise IndexError
-    return place
+def _chosen(answer: str, choices: Any, texts: Sequence[str]) -> str:
+    """The right text: by its choice's own label (ARC has letters or 1 to 4), else its number or letter; "" for none."""
+    labels = [_text(label) for label in choices.get("label") or ()] if isinstance(choices, Mapping) else []
+    known = labels or list("ABCDEFGHIJ")
+    answer = answer.strip().removesuffix(".0")
+    if answer.isdecimal() and not labels:
+        place = int(answer)
+    else:
+        wanted = answer if labels else answer.upper()
+        place = known.index(wanted) if wanted in known else len(texts)
+    return texts[place] if place < len(texts) else ""

@@ -66,6 +66,14 @@ class DiffusionEvaluationConfig(DiffusionModelConfig):
             raise ValueError(f"not a regular expression: {error}") from None
         return pattern
 
+    @field_validator("benchmarks")
+    @classmethod
+    def _have_names_of_their_own(cls, benchmarks: list[BenchmarkConfig]) -> list[BenchmarkConfig]:
+        names = ["preference", *(item.name for item in benchmarks)]  # preference_accuracy is that of the pairs
+        if taken := {name for name in names if names.count(name) > 1}:
+            raise ValueError(f"name {', '.join(sorted(taken))} is taken: figures are NAME_accuracy, give another name")
+        return benchmarks
+
     @model_validator(mode="after")
     def _are_draws(self) -> Self:
         if self.samples_per_prompt > 1 and self.temperature == 0 and self.remasking != "random":
