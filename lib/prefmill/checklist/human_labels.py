@@ -46,16 +46,15 @@ def read_item_labels(path: Path, review_ids: Collection[str], item_ids: Collecti
 def _label(
     file: LabelFile, row: dict[str, str], where: str, review_ids: Collection[str], item_ids: Collection[str]
 ) -> Label:
-    values = {name: cell.strip() for name, cell in row.items()}
     for name, known in (("review_id", review_ids), ("item_id", item_ids)):
-        if values[name] not in known:
-            hint = nearest(values[name], list(known)) if name == "item_id" else ""
+        if row[name] not in known:
+            hint = nearest(row[name], list(known)) if name == "item_id" else ""
             fix = "write an id of the corpus, and of checklist.json beside the scores, or delete the line"
-            raise file.unusable(where, f"{name} {values[name]!r}{hint}", fix)
-    answer = _ANSWERS.get(values["label"].lower().removesuffix(".0"))  # of a table with gaps
+            raise file.unusable(where, f"{name} {row[name]!r}{hint}", fix)
+    answer = _ANSWERS.get(row["label"].lower().removesuffix(".0"))  # of a table with gaps
     if answer is None:
-        raise file.unusable(where, f"label {values['label']!r}", "write yes or no, 1 or 0, or delete the line")
-    return Label(values["review_id"], values["item_id"], answer, values["rater"])
+        raise file.unusable(where, f"label {row['label']!r}", "write yes or no, 1 or 0, or delete the line")
+    return Label(row["review_id"], row["item_id"], answer, row["rater"])
 
 
 def votes_of(labels: Iterable[Label]) -> dict[tuple[str, str], list[bool]]:

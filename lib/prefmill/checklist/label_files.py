@@ -22,7 +22,7 @@ class LabelFile:
     columns: tuple[str, ...]
 
     def rows(self) -> Iterator[tuple[str, dict[str, str]]]:
-        """Where each row stands, and its cells as text, with its `rater`.
+        """Where each row stands, and its cells as text without blanks around it, with its `rater`.
 
         Raises InputError where the file cannot be read or lacks a column.
         """
@@ -34,7 +34,7 @@ class LabelFile:
             # Who answered, for labels of several people.
             by = (value for name, value in row.values.items() if name.lower() in ("rater", *RATERS))
             found["rater"] = next((value for value in by if value), None)
-            yield row.where, {name: "" if value is None else str(value) for name, value in found.items()}
+            yield row.where, {name: "" if value is None else str(value).strip() for name, value in found.items()}
         if row is None:
             raise InputError(
                 "the label file is empty", where=self.path, fix="label some answers, or leave out `labels`"

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 from prefmill.core.files import write_atomic, write_json
 from prefmill.core.stage import Metrics, Task
-from prefmill.families.causal.chat import encode
+from prefmill.families.causal.chat import encode, prompt_text
+from prefmill.families.causal.token_ids import token_ids
 from prefmill.families.mdlm.benchmarks import BenchmarkConfig, Question, read_questions
 from prefmill.families.mdlm.evaluate_config import DiffusionEvaluationConfig
 from prefmill.families.mdlm.evaluated_model import Likelihood, Loaded, Row, load
@@ -131,14 +134,26 @@ def _likelihood_rows(
 
 
 def _generation_rows(loaded: Loaded, pairs: Sequence[PreferencePair]) -> Iterator[Row]:
-    config = loaded.config
+    config, tokenizer = loaded.config, loaded.tokenizer
     # Not a set: its order differs by process, and draws go by a prompt's place.
-    prompts = list(dict.fromkeys(pair.messages[-1]["content"] for pair in pairs if len(pair.messages) == 1))
-    asked = [prompt for prompt in prompts for _ in range(config.samples_per_prompt)]
+    shown = {prompt_text(tokenizer, pair.messages, pair.tools): _shown(pair.messages) for pair in pairs}
+    asked = [text for text in shown for _ in range(config.samples_per_prompt)]
     pattern = None if config.wanted_pattern is None else re.compile(config.wanted_pattern)
-    for prompt, answer in zip(asked, loaded.answers(asked, config.unmasking), strict=True):
+    answers = loaded.continuations([token_ids(tokenizer, text) for text in asked], config.unmasking)
+    for text, answer in zip(asked, answers, strict=True):
         wanted = None if pattern is None else bool(pattern.search(answer.text))
-        yield {"kind": "generation", "prompt": prompt, "text": answer.text, "wanted": wanted, "ended": answer.ended}
+        yield {
+            "kind": "generation",
+            "prompt": shown[text],
+            "text": answer.text,
+            "wanted": wanted,
+            "ended": answer.ended,
+        }
+
+
+def _shown(messages: Sequence[Mapping[str, Any]]) -> str:
+    """A prompt of one turn as it is, others as JSON."""
+    return str(messages[0]["content"]) if len(messages) == 1 else json.dumps(messages, ensure_ascii=False)
 
 
 def _benchmark_rows(
