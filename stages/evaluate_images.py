@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from prefmill.core.config import ExternalPath, later, runtime
-from prefmill.core.errors import ConfigError
 from prefmill.core.image_rows import ImageSplit
 from prefmill.core.precision import Precision
 from prefmill.core.stage import Metrics, Reads, Stage, Task
@@ -56,11 +55,6 @@ def run(config: EvaluateImagesConfig, task: Task) -> Metrics:
     from prefmill.families.sdxl.generator import GeneratorSource
     from prefmill.images.evaluate import ImageEvaluation, evaluate_images
 
-    if (unread := config.changed("splits", "resolution")) and task.optional_input("pairs") is None:
-        raise ConfigError(
-            "keys of pairs, and no pairs", where=task.key, got=", ".join(unread),
-            fix="give inputs.pairs=FOLDER of build_image_pairs, or leave them out",
-        )  # fmt: skip
     model = task.optional_input("model")
     base = start_model(config, task, "model")  # type: ignore[arg-type]
     label = Path(base).name if Path(base).is_dir() else base
@@ -95,7 +89,7 @@ STAGE = Stage(
         "tuned": Reads("image_checkpoint", "sdxl_dpo", match="elementwise"),
         "model": Reads("checkpoint", optional=True, instead_of=("model_name_or_path",)),
         "scorer": Reads("reward_model", "train_reward", optional=True, instead_of=("published_scorer",)),
-        "pairs": Reads("image_pairs", "build_image_pairs", optional=True),
+        "pairs": Reads("image_pairs", "build_image_pairs", optional=True, keys=("splits", "resolution", "drift_draws")),
     },
     preload=(
         "torch",

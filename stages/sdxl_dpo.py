@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pydantic import model_validator
 
-from prefmill.core.errors import PipelineError
 from prefmill.core.stage import Metrics, Reads, Stage, Task
 from prefmill.families.sdxl.config import SdxlPreferenceConfig
 from prefmill.training.config import start_model
@@ -26,13 +25,6 @@ def run(config: SdxlDpoConfig, task: Task) -> Metrics:
     """Train, and write the adapter as diffusers and ComfyUI read it, or the whole pipeline."""
     from prefmill.families.sdxl.dpo import train_sdxl_dpo
 
-    reward = task.optional_input("reward")
-    if (config.objective == "dspo_rm") != (reward is not None):
-        raise PipelineError(
-            "no reward model" if reward is None else "a reward model that nothing asks for",
-            where=task.key, got=f"objective={config.objective}",
-            fix="give inputs.reward=FOLDER" if reward is None else "set objective=dspo_rm, or leave out inputs.reward",
-        )  # fmt: skip
     return train_sdxl_dpo(config, task, start_model(config, task, "model"), task.input("pairs"))
 
 
@@ -48,7 +40,7 @@ STAGE = Stage(
     reads={
         "pairs": Reads("image_pairs", "build_image_pairs"),
         "model": Reads("checkpoint", optional=True, instead_of=("model_name_or_path",)),
-        "reward": Reads("reward_model", optional=True),  # named by who wants it: dspo_rm alone does
+        "reward": Reads("reward_model", optional=True, asked_by="objective=dspo_rm"),
     },
     preload=("torch", "transformers.trainer", "diffusers", "peft", "safetensors.torch"),
 )

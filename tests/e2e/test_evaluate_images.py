@@ -93,9 +93,6 @@ def test_what_it_writes_and_that_it_goes_on_after_a_kill(tmp_path: Path, given: 
 
 
 def test_keys_without_effect_are_refused(tmp_path: Path) -> None:
-    for keys in ({"splits": ["test"]}, {"resolution": 64}):
-        with pytest.raises(ConfigError, match=rf"no pairs[\s\S]*got: +{next(iter(keys))}[\s\S]*inputs.pairs"):
-            evaluate(tmp_path, {}, **keys)
     with pytest.raises(ConfigError, match="resolution has no effect"):
         evaluate(tmp_path, {}, resolution=64, drift_draws=0)
 

@@ -31,6 +31,7 @@ class Reads:
 
     `match="elementwise"` takes the tasks of that stage that agree on every array key both have; `all` takes all.
     An input that stands `instead_of` keys of the configuration is given, or one of them is: never both, never none.
+    One that is `asked_by` KEY=VALUE is given with that and with nothing else; without it nothing reads its `keys`.
     """
 
     kind: str
@@ -38,6 +39,8 @@ class Reads:
     match: Match = "all"
     optional: bool = False
     instead_of: tuple[str, ...] = ()
+    asked_by: str | None = None
+    keys: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

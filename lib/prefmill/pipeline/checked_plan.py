@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from prefmill.core.config import identity
+from prefmill.core.config import StrictConfig, identity
 from prefmill.core.errors import PipelineError
 from prefmill.core.places import MANIFEST, expand_home, looks_local
-from prefmill.core.stage import Reads
+from prefmill.core.stage import Reads, Stage
 from prefmill.pipeline.plan import PipelineFile, Plan, PlannedTask, make_plan
 
 
@@ -20,7 +21,28 @@ def plan_to_run(pipeline: PipelineFile, source: Path) -> Plan:
         for name, reads in task.stage.reads.items():
             if reads.instead_of:
                 _require_one_source(task, name, reads, source)
+        require_asked(task.stage, task.config, task.inputs, task.key)
     return plan
+
+
+def require_asked(
+    stage: Stage[Any], config: StrictConfig, inputs: Mapping[str, Sequence[object]], where: object
+) -> None:
+    """Raise PipelineError for an input that no key asks for, one that is asked for and not given, and keys of none."""
+    for name, reads in stage.reads.items():
+        given, path = bool(inputs.get(name)), f"inputs.{name}=FOLDER of a {reads.kind}"
+        key, _, value = (reads.asked_by or "").partition("=")
+        if key and given != (getattr(config, key) == value):
+            raise PipelineError(
+                f"an input '{name}' that nothing asks for" if given else f"no input '{name}'", where=where,
+                got=f"{key}={getattr(config, key)}",
+                fix=f"set {reads.asked_by}, or leave inputs.{name} out" if given else f"give {path}, or another {key}",
+            )  # fmt: skip
+        if not given and (unread := [key for key in config.changed(*reads.keys) if getattr(config, key)]):
+            raise PipelineError(
+                f"keys of the input '{name}', which is not given", where=where, got=", ".join(unread),
+                fix=f"give {path}, or leave them out",
+            )  # fmt: skip
 
 
 def not_here(plan: Plan, tasks: Sequence[PlannedTask]) -> Iterator[tuple[str, Path]]:

@@ -26,6 +26,7 @@ from prefmill.core.stage import Metrics, Stage, Task
 from prefmill.distributed.devices import claim_device
 from prefmill.distributed.launchers import TrainerKeys, refuse_settings_of_accelerate
 from prefmill.pipeline import attempts
+from prefmill.pipeline.checked_plan import require_asked
 from prefmill.pipeline.oom_backoff import SMALLER
 from prefmill.pipeline.plan import PlannedTask
 from prefmill.pipeline.state import fingerprints, inspect_task, provenance, read_inputs
@@ -79,6 +80,7 @@ def import_and_run(stage: Stage[Any], config: Any, task: Task) -> Metrics:
     import_now(stage.preload)
     if stage.trains and "torch" in sys.modules:  # preloaded by all that compute with it
         claim_device()
+    require_asked(stage, config, task.inputs, task.key)  # a sweep's trials are in no plan
     config.tell_unread_with()
     return stage.run(config, task)
 

@@ -110,10 +110,11 @@ def _short_training(config: TrainingConfig, ranks: int, on: str) -> dict[str, An
     always = {"save_steps": SAVE_STEPS, "report_to": [name for name in config.report_to if name != "wandb"]}
     keys: dict[str, Any] = {
         **always, "logging_steps": LOGGING_STEPS, "effective_batch_size": at_once,
-        "num_train_epochs": min(at_once, 32),  # some hundred steps, whatever the number of ranks
     }  # fmt: skip
     if getattr(config, "max_steps", None):
         keys["max_steps"] = STEPS
+    else:
+        keys["num_train_epochs"] = min(at_once, 32)  # some hundred steps, whatever the number of ranks
     if on != "images":
         keys |= {"max_length": min(config.max_length, LENGTH), "on_overlong": "drop"}
     return keys if type(config).__name__ != "TinyModelConfig" else always

@@ -78,3 +78,10 @@ def test_keys_that_the_model_or_its_rows_do_not_read_are_told(
     stage.run(validate(stage.config, {**keys, **unread}), make_task("dpo", tmp_path / "told"))
     told = {key for line in caplog.messages if ": no effect, " in line for key in line.split(":")[0].split(", ")}
     assert told == unread.keys()
+
+
+def test_epochs_beside_steps_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    for keys in ({"max_steps": 5}, {"num_train_epochs": 3}, {"max_steps": 5, "num_train_epochs": 3}):
+        assert caplog.messages == []
+        validate(load_stage("sdxl_dpo").config, keys).tell_unread_with()
+    assert caplog.messages == ["num_train_epochs: no effect, with max_steps"]

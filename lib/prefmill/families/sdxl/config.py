@@ -44,6 +44,7 @@ class SdxlPreferenceConfig(TrainingConfig):
     supplies: ClassVar[frozenset[Need]] = frozenset(
         {"reference", "errors", *ERRORS.values(), "residuals", "soft_label"}
     )
+    unread_with = {"max_steps": ("num_train_epochs",)}
     own_head: ClassVar[bool] = True
     compiles_itself: ClassVar[bool] = True
 
@@ -157,8 +158,8 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError(f"{', '.join(of_dspo)}: only objective dspo reads it, leave it out")
         if self.changed("ema_decay") and not self.use_ema:
             raise ValueError("ema_decay has no effect without use_ema; leave it out, or set use_ema: true")
-        if self.changed("beta") and self.objective == "sft":
-            raise ValueError("beta has no effect with objective sft; leave it out")
+        if self.objective == "sft" and (of_others := self.changed("beta", "sft_weight")):
+            raise ValueError(f"{', '.join(of_others)}: no effect with objective sft, leave it out")
         if (of_samples := self.changed("num_samples", "sample_inference_steps")) and self.sample_steps is None:
             raise ValueError(f"{', '.join(of_samples)}: no effect without sample_steps, leave it out or set that")
         if self.mapo_snr is not None and self.objective != "mapo":

@@ -323,7 +323,7 @@ def test_what_is_no_pipeline_is_not_taken_for_a_single_file(
     [
         ({"objective": "dpo", "dspo_lambda": 0.5}, "dspo_lambda: only objective dspo"),
         ({"objective": "mapo", "dspo_stop_gradient": False}, "dspo_stop_gradient: only objective dspo"),
-        ({"objective": "sft", "beta": 7.0}, "beta has no effect with objective sft"),
+        ({"objective": "sft", "beta": 7.0, "sft_weight": 0.1}, "beta, sft_weight: no effect with objective sft"),
         ({"objective": "dpo", "num_samples": 2}, "num_samples: no effect without sample_steps"),
         ({"ema_decay": 0.5}, "ema_decay has no effect without use_ema"),
     ],
