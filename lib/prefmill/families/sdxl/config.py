@@ -150,7 +150,7 @@ class SdxlPreferenceConfig(TrainingConfig):
         return self
 
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
+    def _is_read(self) -> Self:
         if ignored := self.changed(*OF_TEXT_MODELS):
             raise ValueError(f"{', '.join(ignored)}: a key of text models, leave it out")
         of_dspo = self.changed(*_OF_DSPO)
@@ -164,6 +164,10 @@ class SdxlPreferenceConfig(TrainingConfig):
             raise ValueError(f"{', '.join(of_samples)}: no effect without sample_steps, leave it out or set that")
         if self.mapo_snr is not None and self.objective != "mapo":
             raise ValueError("mapo_snr: only objective mapo reads it, leave it out")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_trained(self) -> Self:
         if self.reward_weights is not None and max(self.reward_weights.values(), default=0) <= 0:
             raise ValueError("of reward_weights none is above 0: nothing is preferred, or what is worse; raise one")
         if self.attn_implementation is not None and self.attn_implementation not in ATTENTION:
@@ -173,6 +177,10 @@ class SdxlPreferenceConfig(TrainingConfig):
         # Latents of different sizes do not stack to one tensor.
         if self.bucket_step and self.per_device_train_batch_size > 1:
             raise ValueError("with bucket_step pairs differ in size: set per_device_train_batch_size: 1")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_sharded_and_saved(self) -> Self:
         if self.fsdp:
             raise ValueError("fsdp does not know a UNet's blocks: shard it with deepspeed")
         if self.deepspeed is not None and self.lora is not None:
