@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -72,7 +73,7 @@ def check_python() -> Iterator[Diagnosis]:
     if sys.dont_write_bytecode and torch and torch.cached and not Path(torch.cached).is_file():
         place = sysconfig.get_path("purelib")
         what = "PYTHONDONTWRITEBYTECODE is set: every start compiles torch and transformers anew, 10 s and more"
-        yield Diagnosis("note", what, f"unset it, or compile once: python -m compileall -q -j 0 {place}")
+        yield Diagnosis("note", what, f"unset it, or compile once: python -m compileall -q -j 0 {shlex.quote(place)}")
 
 
 def check_packages() -> Iterator[Diagnosis]:

@@ -107,7 +107,17 @@ def _refuse(parser: argparse.ArgumentParser, words: Sequence[str]) -> NoReturn:
         key = wrong.lstrip("-").replace("-", "_")
         stage = "" if _is_stage(key.partition(".")[0]) else "STAGE."
         hint = f"; a key is written without dashes, after its stage: {stage}{key}=VALUE"
-    parser.error(f"unrecognized arguments: {' '.join(words)}{hint}")
+    parser.error(f"unrecognized arguments: {' '.join(words)}{hint or _other_place_of_run(parser, words)}")
+
+
+def _other_place_of_run(parser: argparse.ArgumentParser, words: Sequence[str]) -> str:
+    """How this command takes a run's name, which some take alone and others, after a task, as --run."""
+    options = options_of(parser)
+    takes_alone = any(action.dest == "run" and not action.option_strings for action in parser._actions)
+    if "--run" in options and not words[0].startswith("-"):
+        return f"; a run is given as --run {words[0]}"
+    given = words[0].partition("=")[0] == "--run" and takes_alone
+    return f"; a run's name stands alone: {parser.prog} NAME" if given else ""
 
 
 def _sort_out(arguments: argparse.Namespace) -> None:

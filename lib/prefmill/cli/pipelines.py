@@ -167,10 +167,10 @@ def _selected(plan: Any, only: str | None) -> Any:
 
 def _tell_not_here(plan: Any, only: str | None) -> None:
     """Name what tasks are to read and this machine lacks; the disks of compute nodes may have it."""
-    from prefmill.pipeline.checked_plan import not_here
+    from prefmill.pipeline.checked_plan import closed, not_here
 
     for key, path in not_here(plan, _selected(plan, only)):
-        say_on(f"! {key} is to read {path}, which is not on this machine")
+        say_on(f"! {key} is to read {path}{closed(path) or ', which is not on this machine'}")
 
 
 def _why(arguments: argparse.Namespace) -> None:

@@ -94,6 +94,11 @@ def explain_os_error(error: BaseException, folder: Path | None = None) -> Prefmi
         return PrefmillError(
             "a file is where a folder should be", where=error.filename, fix="name another folder, or move that file"
         )
+    if error.errno == errno.EEXIST and os.path.islink(error.filename) and not os.path.exists(error.filename):
+        return PrefmillError(
+            "a link that leads nowhere is where a folder should be", where=error.filename,
+            fix=f"make the folder that it names, {os.path.realpath(error.filename)}, or name another",
+        )  # fmt: skip
     if (limit := _LIMIT_FIXES.get(error.errno or 0)) is not None:
         return PrefmillError(str(error.strerror), where=str(error.filename)[:300], fix=limit)
     fix = _DISK_FIXES.get(error.errno or 0)

@@ -62,13 +62,24 @@ def not_here(plan: Plan, tasks: Sequence[PlannedTask]) -> Iterator[tuple[str, Pa
                 yield task.key, path
 
 
+def closed(path: Path) -> str:
+    """That a folder on the way to `path` may not be looked into, where that is why it is not seen."""
+    try:
+        os.stat(path)
+    except PermissionError as error:
+        return f" (no access: {error.strerror})"
+    except OSError:
+        pass
+    return ""
+
+
 def require_here(plan: Plan, tasks: Sequence[PlannedTask]) -> None:
     """Raise PipelineError for what `not_here` finds: the task would fail hours later."""
     if found := list(not_here(plan, tasks)):
         raise PipelineError(
-            "what tasks of this run are to read is not there",
-            got="\n" + "\n".join(f"    {key}: {path}" for key, path in found),
-            fix="correct the path, or limit the run to other stages with --only",
+            "what tasks of this run are to read is not there, or not to be seen",
+            got="\n" + "\n".join(f"    {key}: {path}{closed(path)}" for key, path in found),
+            fix="correct the path (or have a closed folder opened), or limit the run to other stages with --only",
         )  # fmt: skip
 
 
@@ -77,11 +88,11 @@ def _require_one_source(task: PlannedTask, name: str, reads: Reads, source: Path
     found |= {key: value for key in reads.instead_of if (value := getattr(task.config, key))}
     if len(found) == 1:
         return
-    stage, ways = task.stage.name, ", ".join(f"{key}=..." for key in reads.instead_of)
+    stage, ways = task.stage.name, [f"inputs.{name}=FOLDER", *(f"{key}=..." for key in reads.instead_of)]
     left_out = " or ".join(f"{stage}.{key}=null" for key in reads.instead_of if key in found)
     raise PipelineError(
         f"{'two sources' if found else 'no source'} of '{name}' ({reads.kind}) for {task.key}", where=source,
         got=" and ".join(f"{key}={value}" for key, value in found.items()) or None,
-        expected=f"inputs.{name}=FOLDER, {f'stage {reads.stage}, ' if reads.stage else ''}or {ways}",
-        fix=left_out or "give one of these",
+        expected=f"{f'stage {reads.stage} in the pipeline, ' if reads.stage else ''}{' or '.join(ways)}",
+        fix=left_out or f"write {' or '.join(f'{stage}.{way}' for way in ways)} on the command line",
     )  # fmt: skip

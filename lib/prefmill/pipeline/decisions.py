@@ -72,7 +72,8 @@ def alone(workspace: Path, run: str) -> Iterator[None]:
     if not folder.is_dir():
         raise PipelineError(
             f"run {run} was not submitted to Slurm from here", where=folder,
-            fix="`prefmill submit PIPELINE --cluster FILE` does that; to continue a local run use `prefmill run`",
+            fix="`prefmill submit PIPELINE --cluster FILE` does that; a local run is continued by "
+            "`prefmill run PIPELINE`, and a stage of it made anew by `prefmill run PIPELINE --only STAGE --force`",
         )  # fmt: skip
     refusal = PipelineError(
         "another prefmill is at work on this run", where=folder / "lock",

@@ -6,11 +6,13 @@ import difflib
 import re
 from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from pathlib import Path
 from typing import Any
 
 from prefmill.core.aliases import ALIASES
 from prefmill.core.config import merge, split_override
-from prefmill.core.errors import ConfigError
+from prefmill.core.errors import ConfigError, nearest
+from prefmill.core.places import expand_home
 from prefmill.core.stage import load_stage, stage_names
 
 
@@ -146,3 +148,22 @@ def _without(entry: Mapping[str, Any], key: str) -> dict[str, Any]:
 def _of_element(own: Any, key: str) -> Any:
     has_set = isinstance(own, Mapping) and isinstance(own.get("set"), Mapping)
     return {**own, "set": _kept(own["set"], key)} if has_set else own
+
+
+def config_path(source: Path, stage: str, name: str) -> Path:
+    """The file of the configuration `name` of `stage`, in the pipeline `source`; raises ConfigError where none is."""
+    if name.endswith((".yaml", ".yml")):
+        return expand_home(name)
+    beside = source.resolve().parent.parent / stage / f"{name}.yaml"
+    # A pipeline of one's own may lie anywhere, not only beside the folders of stages.
+    here = Path("configs", stage, f"{name}.yaml").absolute()
+    as_given = expand_home(f"{name}.yaml")  # `configs/dpo/demo`, without its ending
+    places = (beside, here, as_given)
+    if found := next((path for path in places if path.is_file()), None):
+        return found
+    named = [path.stem for folder in (beside.parent, here.parent) for path in folder.glob("*.yaml")]
+    raise ConfigError(
+        f"no configuration '{name}' of stage {stage}{nearest(name, named)}", where=source,
+        expected=" or ".join(str(path) for path in dict.fromkeys(places)),
+        fix="run from the folder that holds configs/, or give the path of the file, with its .yaml",
+    )  # fmt: skip

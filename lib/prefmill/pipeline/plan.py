@@ -27,7 +27,7 @@ from prefmill.core.config import (
 from prefmill.core.errors import ConfigError, PipelineError, nearest, select
 from prefmill.core.places import MANIFEST, NO_RUNS, STAGES, default_workspace, expand_home
 from prefmill.core.stage import ArrayValue, Match, Reads, Stage, load_stage, stage_names
-from prefmill.pipeline.overrides import of_stages_and_pipeline, with_stage_keys
+from prefmill.pipeline.overrides import config_path, of_stages_and_pipeline, with_stage_keys
 from prefmill.pipeline.stage_entry import (
     SAFE_NAME,
     SINGLE_TASK,
@@ -220,7 +220,7 @@ class _Planner:
         settings = with_settings(self.arrays[stage.name])
         mine = self.arrays[stage.name][settings][values[settings]] if settings else ElementEntry()
         name = mine.config or entry.config
-        path = self._config_path(stage.name, name) if name else None
+        path = config_path(self.source, stage.name, name) if name else None
         given = modern(stage.config, merge(_stage_file(path), where=path)) if path else {}
         fields = stage.config.model_fields
         element = {key: value for key, value in values.items() if key in fields}
@@ -242,15 +242,6 @@ class _Planner:
         of_file, said = dict.fromkeys(read_yaml(path), f"in {path}") if path else {}, self.pipeline._overridden
         of_set = {key: COMMAND_LINE if f"{name}.{key}" in said else f"in {self.source}" for key in entry.set}
         return {**of_file, **of_set}
-
-    def _config_path(self, stage: str, name: str) -> Path:
-        if name.endswith((".yaml", ".yml")):
-            return expand_home(name)
-        beside = self.source.resolve().parent.parent / stage / f"{name}.yaml"
-        # A pipeline of one's own may lie anywhere, not only beside the folders of stages.
-        here = Path("configs", stage, f"{name}.yaml").absolute()
-        as_given = expand_home(f"{name}.yaml")  # `configs/dpo/demo`, without its ending
-        return next((path for path in (beside, here, as_given) if path.is_file()), beside)
 
     def _need(self, name: str, key: str, reads: Reads) -> Need:
         if (name, key) not in self.needs:

@@ -167,9 +167,11 @@ def provenance(task: PlannedTask, inputs: Inputs, noted: Mapping[str, str]) -> P
 def differences(made: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """One line for every key in which two identities differ, in the words of the configuration."""
     before, after = dict(flatten(made)), dict(flatten(wanted))
-    lines = []
-    for key in sorted(before.keys() | after.keys()):
+    lines, keys = [], before.keys() | after.keys()
+    for key in sorted(keys):
         old, new = before.get(key, "(absent)"), after.get(key, "(absent)")
+        if {} in (old, new) and any(other.startswith(f"{key}.") for other in keys):
+            continue  # an empty mapping that was filled, or emptied: the keys in it are told
         if old != new and key.startswith("inputs."):
             lines.append(f"input {key.removeprefix('inputs.')} has new content")
         elif old != new and all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in (old, new)):

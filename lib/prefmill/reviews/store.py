@@ -261,11 +261,11 @@ class CorpusStore(AbstractContextManager["CorpusStore"]):
             self._database.execute(_ADD_REVIEW.replace("INSERT", "REPLACE"), values)
         if is_same or told:
             return
-        earlier = self._place(origin, line, item)
         raise RowError(
-            f"another review with the id {review_id} is at {earlier.brief}",
-            "remove one of the two rows, or rename its id",
-        )
+            f"another review with the id {review_id} is at {self._place(origin, line, item).brief}",
+            "remove one of the two rows, or rename its id" if said[1] == values[1] else
+            "give each review an id of its own, or leave review_id out: they are then named by what they say",
+        )  # fmt: skip
 
     def _decide(self) -> Iterator[RowProblem]:
         """Give papers that say none themselves the decision of their notes; those that contradict one are yielded."""

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from prefmill.core.config import later
+from prefmill.core.errors import nearest
 from prefmill.reviews.files import CSV, JSON_LINES, PlainRow, csv_rows, files_at, json_rows, none_is_plain
 from prefmill.reviews.nested import apart, entries
 from prefmill.reviews.openreview_forms import as_sections
@@ -70,7 +71,8 @@ class _TableSource(FileSource):
             return values
         taken = self.own_names
         if missing := sorted(taken - values.keys() - self.may_lack):
-            raise RowError(f"columns names '{missing[0]}', which the file has not", "correct columns of this source")
+            lacks = f"columns names '{missing[0]}', which the file has not{nearest(missing[0], list(values))}"
+            raise RowError(lacks, "correct columns of this source")
         # The file's own field of a name that stands for another one is one more: it must not take that one's place.
         rest = {
             f"{name} (the file's own)" if name in self.columns else name: value

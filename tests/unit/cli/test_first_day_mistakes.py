@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from prefmill.cli.doctor import check_python
 from prefmill.cli.main import main
 from prefmill.core.config import load
 from prefmill.core.errors import PrefmillError
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
-from prefmill.pipeline.checked_plan import not_here
+from prefmill.pipeline.checked_plan import closed, not_here, plan_to_run
 from prefmill.pipeline.manual_submission import stage_plan
 from prefmill.pipeline.plan import make_plan, read_pipeline
 from prefmill.store.artifacts import read
@@ -171,3 +176,82 @@ def test_a_path_that_cannot_be_looked_at_is_told_like_one_that_is_not_there(tmp_
     too_long = tmp_path / ("t" * 300)
     plan = make_plan(read_pipeline(DEMO, [f"workspace={tmp_path}", f"sft.chat_template={too_long}"]), DEMO)
     assert {path for _, path in not_here(plan, plan.tasks)} == {too_long}
+
+
+def test_a_closed_folder_is_no_missing_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file in a colleague's closed folder was `not there`, and its path to be corrected."""
+
+    def refuse(path: Path) -> None:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "stat", refuse)
+        told = closed(Path("/home/her/reviews.csv"))
+    assert told == " (no access: Permission denied)"
+    assert closed(Path("/no/such/reviews.csv")) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["status", "--run", "mine"], "a run's name stands alone: prefmill status NAME"),
+        (["advance", "--run=mine"], "a run's name stands alone: prefmill advance NAME"),
+        (["rerun", "sft", "mine"], "a run is given as --run mine"),
+    ],
+)
+def test_a_run_that_is_named_in_another_commands_way(
+    words: list[str], told: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(words)
+    assert told in capsys.readouterr().err
+
+
+def test_a_model_that_is_missing_is_told_with_keys_that_a_pipeline_takes(tmp_path: Path) -> None:
+    """`inputs.model=FOLDER` and `model_name_or_path=...` were told: neither is a key of a pipeline."""
+    given = [f"workspace={tmp_path}", "evaluate.model_name_or_path=q"]
+    with pytest.raises(PrefmillError) as refused:
+        plan_to_run(read_pipeline(REVIEWS, given), REVIEWS)
+    advice = re.findall(r"sft\.[\w.]+=", str(refused.value.details["fix"]))
+    assert advice == ["sft.inputs.model=", "sft.model_name_or_path="]
+    for key in advice:
+        plan_to_run(read_pipeline(REVIEWS, [*given, f"{key}{tmp_path}"]), REVIEWS)
+
+
+def test_a_pipeline_that_is_run_from_another_folder_says_where_its_configurations_were_sought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pipeline of one's own, outside configs/, named one missing file beside itself, where nobody had put one."""
+    (tmp_path / "mine").mkdir()
+    pipeline = tmp_path / "mine" / "own.yaml"
+    pipeline.write_text("name: own\nstages:\n  ingest_reviews: { config: demmo }\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(PrefmillError, match=r"no configuration 'demmo' of stage ingest_reviews\n") as refused:
+        make_plan(read_pipeline(pipeline), pipeline)
+    assert f"{tmp_path}/configs/ingest_reviews/demmo.yaml" in str(refused.value.details["expected"])
+    monkeypatch.chdir(REPOSITORY)
+    with pytest.raises(PrefmillError, match=r"did you mean 'demo'"):
+        make_plan(read_pipeline(pipeline), pipeline)
+
+
+def test_a_workspace_that_is_a_link_to_nothing_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A scratch disk that is not mounted left the link: a traceback (`File exists`)."""
+    (tmp_path / "scratch").symlink_to(tmp_path / "disk")
+    command = ["run", str(DEMO), f"workspace={tmp_path}/scratch", "--only", "ingest_reviews"]
+    assert main(command) == 2
+    told = capsys.readouterr().err
+    assert "a link that leads nowhere" in told
+    assert f"make the folder that it names, {tmp_path}/disk" in told
+
+
+def test_the_command_that_compiles_works_in_a_folder_with_a_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place := tmp_path / "my project").mkdir()
+    (place / "module.py").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(place))
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    (fix,) = (str(found.fix) for found in check_python() if "compile once" in str(found.fix))
+    command = shlex.split(fix.partition("compile once: python ")[2])
+    assert subprocess.run([sys.executable, *command], cwd=tmp_path, check=False).returncode == 0
+    assert list(place.glob("__pycache__/module.*.pyc"))

@@ -80,7 +80,7 @@ def test_a_folder_or_a_bare_name_gets_a_file_that_is_there(
     # A stage finds its own files by name, as an entry of a pipeline does.
     capsys.readouterr()
     assert run_stage("dpo", ["dmo"]) == 2
-    assert "did you mean 'demo.yaml'?" in capsys.readouterr().err
+    assert "did you mean 'demo'?" in capsys.readouterr().err
     assert run_stage("dpo", ["configs/pipelines/demo.yaml"]) == 2
     assert "prefmill run" in capsys.readouterr().err
 

@@ -106,6 +106,8 @@ def test_what_differs_is_told_by_its_own_key_and_not_by_the_whole_it_stands_in()
     def made(path: str, kind: str) -> dict[str, object]:
         return {"config": {"sources": [{"path": path * 64, "format": "csv"}, {"path": "a" * 64, "format": kind}]}}
 
+    filled = differences({"columns": {}, "x": {}}, {"columns": {"title": "Paper"}})
+    assert filled == ["columns.title was '(absent)', is 'Paper'", "x was {}, is '(absent)'"]
     assert differences(made("a", "csv"), made("b", "jsonl")) == [
         "sources[0].path names another file, or its content is new", "sources[1].format was 'csv', is 'jsonl'",
     ]  # fmt: skip

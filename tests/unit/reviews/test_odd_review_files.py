@@ -71,6 +71,8 @@ def test_a_table_with_another_separator_or_column_is_refused(tmp_path: Path) -> 
     path = write(tmp_path / "x.csv", ",".join(ROW) + "\n" + ",".join(map(str, ROW.values())) + "\n")
     _, problems = read(source(format="csv", path=path, columns={"abstract": "abstrct"}))
     assert [problem.reason for problem in problems] == ["columns names 'abstrct', which the file has not"]
+    _, problems = read(source(format="csv", path=path, columns={"title": "titel"}))
+    assert problems[0].reason == "columns names 'titel', which the file has not (did you mean 'title'?)"
 
 
 ROWS = [{"a": 1, "b": "é\u2028"}, {"a": None, "b": "x\r\ny"}]

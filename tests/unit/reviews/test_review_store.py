@@ -69,6 +69,10 @@ def test_a_repeated_review_id_names_the_earlier_line(store: CorpusStore) -> None
         store.add(at(7), review("r1", "a", venue="W"))
     store.add(at(8), review("r1", "a"))
     assert store.num_repeated == 1
+    # As of a column that numbers the reviews of each paper, or names the reviewer: the rows are no repetition.
+    with pytest.raises(RowError) as refused:
+        store.add(at(9), review("r1", "b"))
+    assert "leave review_id out" in refused.value.fix
 
 
 def test_rows_of_a_paper_complete_each_other(store: CorpusStore) -> None:
