@@ -34,7 +34,7 @@ def joined(overrides: Sequence[str]) -> list[str]:
     return words
 
 
-# What a stage's entry in a pipeline has beside its `config` and `set`: sweep has keys of those names.
+# What a stage's entry in a pipeline has beside `config` and `set`, of which name sweep has keys.
 _OF_ENTRY = ("array", "inputs", "needs", "processes", "resources")
 
 
@@ -50,12 +50,14 @@ def of_stages_and_pipeline(
     own, others = [], []
     for word in words:
         stage, dot, rest = word.partition("=")[0].partition(".")
+        first = rest.partition(".")[0]
         if not dot or stage not in stages:
             others.append(word)
-        elif rest.split(".")[0] in _OF_ENTRY:  # as the pipeline's file has it
+        elif first in _OF_ENTRY or (rest == "config" and not _has_key(stage, first)):  # as the pipeline's file has it
             others.append(f"stages.{word}")
         else:
-            own.append(word)
+            in_set = rest.startswith("set.") and not _has_key(stage, first)
+            own.append(word.replace(".set.", ".", 1) if in_set else word)
     _require_stages(others, stages, keys)
     return own, others
 

@@ -41,6 +41,15 @@ def test_a_key_written_in_another_way_is_answered_with_the_way_that_works(words:
     assert _beta(["dpo.beta=0.2"]) == 0.2
 
 
+def test_keys_are_taken_as_a_pipelines_file_has_them() -> None:
+    """`dpo.set.beta` was told `did you mean 'subset'`, and `dpo.config` had no answer but all keys of the stage."""
+    assert _beta(["dpo.set.beta=0.2"]) == 0.2
+    assert read_pipeline(DEMO, ["dpo.config=own_pairs"]).stages["dpo"].config == "own_pairs"
+    sweep = REPOSITORY / "configs/pipelines/sweep.yaml"  # has keys of both names
+    given = read_pipeline(sweep, ["sweep.set.beta=0.2", "sweep.config=x.yaml"]).stages["sweep"].set
+    assert (given["set.beta"], given["config"]) == (0.2, "x.yaml")
+
+
 @pytest.mark.parametrize(
     ("flag", "told"),
     [
