@@ -83,6 +83,16 @@ def require_here(plan: Plan, tasks: Sequence[PlannedTask]) -> None:
         )  # fmt: skip
 
 
+def require_made(plan: Plan, task: PlannedTask) -> None:
+    """Raise PipelineError where tasks of the plan that `task` reads are not finished, as --only left them out."""
+    missing = [other.key for other in plan.upstream(task) if not (other.output / MANIFEST).is_file()]
+    if missing:
+        raise PipelineError(
+            "what it reads is not made yet", where=f"run {plan.run}", got=f"not finished: {', '.join(missing)}",
+            fix=f"leave --only out, which runs these first, or begin with --only {missing[0].partition(':')[0]}",
+        )  # fmt: skip
+
+
 def _require_one_source(task: PlannedTask, name: str, reads: Reads, source: Path) -> None:
     found = {f"inputs.{name}": path for path in task.inputs[name]}
     found |= {key: value for key in reads.instead_of if (value := getattr(task.config, key))}

@@ -21,6 +21,7 @@ from prefmill.core.errors import PipelineError, PrefmillError, explain_os_error,
 from prefmill.core.graceful_stop import Stopped, request_stop
 from prefmill.core.terminal import Say
 from prefmill.distributed.isolation import end_with_parent, keep_socket_paths_short
+from prefmill.pipeline.checked_plan import require_made
 from prefmill.pipeline.interruption import interrupted_by_term, start_fork_server, wait_for_all
 from prefmill.pipeline.plan import Plan, PlannedTask
 from prefmill.pipeline.progress_display import Bar
@@ -139,6 +140,7 @@ class _Run:
     def _start(self, task: PlannedTask) -> bool:
         """Start `task` where it is not up to date; False while there is no place for it."""
         try:
+            require_made(self.plan, task)
             state = inspect_task(task)
             stale = state.freshness != "complete" or self.force
             if stale:

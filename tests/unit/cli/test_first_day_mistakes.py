@@ -264,3 +264,17 @@ def test_the_command_that_compiles_works_in_a_folder_with_a_space(
     command = shlex.split(fix.partition("compile once: python ")[2])
     assert subprocess.run([sys.executable, *command], cwd=tmp_path, check=False).returncode == 0
     assert list(place.glob("__pycache__/module.*.pyc"))
+
+
+def test_a_stage_alone_of_a_run_without_the_ones_before_it_names_them(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It was asked to check the path of a folder that it had not named."""
+    few = "ingest_reviews.sources=[{format: generated, num_papers: 40}]"
+    command = ["run", str(DEMO), f"workspace={tmp_path}", few, "--only"]
+    assert main([*command, "score_reviews"]) == 2
+    told = capsys.readouterr().out
+    assert "got:      not finished: ingest_reviews:all\n" in told
+    assert "begin with --only ingest_reviews\n" in told
+    assert main([*command, "ingest_reviews"]) == 0
+    assert main([*command, "score_reviews"]) == 0
