@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -260,6 +261,8 @@ def test_the_command_that_compiles_works_in_a_folder_with_a_space(
     (place / "module.py").touch()
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(place))
     monkeypatch.setattr("sys.dont_write_bytecode", True)
+    uncompiled = SimpleNamespace(cached=str(tmp_path / "none.pyc"))  # whatever this environment has
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: uncompiled)
     (fix,) = (str(found.fix) for found in check_python() if "compile once" in str(found.fix))
     command = shlex.split(fix.partition("compile once: python ")[2])
     assert subprocess.run([sys.executable, *command], cwd=tmp_path, check=False).returncode == 0
