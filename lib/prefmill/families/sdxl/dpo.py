@@ -34,6 +34,7 @@ from prefmill.training.cache_place import cache_place
 from prefmill.training.family import Reference
 from prefmill.training.loop import TrainingSpec, run_training
 from prefmill.training.objectives import Objective, PairScores, Settings, mix, residual_and_drift
+from prefmill.training.reference import advance_together
 from prefmill.training.telemetry import Telemetry
 from prefmill.training.trainer import (
     PreferenceData,
@@ -64,7 +65,7 @@ def train_sdxl_dpo(config: SdxlPreferenceConfig, task: Task, start: str, pairs: 
     train, held_out = (_labelled(given, config, task, objective, cache) for given in (train, held_out))
     data, held = PreferenceData(train, None, plan), val_data(held_out, config)
     with unsharded_loading():
-        reader = _encode(config, cache, folder, schedule, args.device, train, held_out, data.plan)
+        reader = _encode(config, task, cache, folder, schedule, args.device, train, held_out, data.plan)
     told = tell_cut([*train, *held_out], folder, reader.images)
     tell_mirrored(pair.prompt for pair in (train if config.random_flip else ()))
     references = [_references(config, folder, reader, given, args.device, objective) for given in (train, held_out)]
@@ -142,8 +143,8 @@ def _arguments(config: SdxlPreferenceConfig, task: Task, plan: Sequence[Microbat
 
 
 def _encode(
-    config: SdxlPreferenceConfig, cache: TensorCache, folder: SdxlFolder, schedule: Schedule, device: torch.device,
-    train: Sequence[PairImages], held_out: Sequence[PairImages], plan: Sequence[Microbatch],
+    config: SdxlPreferenceConfig, task: Task, cache: TensorCache, folder: SdxlFolder, schedule: Schedule,
+    device: torch.device, train: Sequence[PairImages], held_out: Sequence[PairImages], plan: Sequence[Microbatch],
 ) -> PairReader:  # fmt: skip
     """Have the latents and embeddings of all pairs in the cache."""
     images = ImageKeys(folder.digest("vae"), config.resolution, config.vae_precision, config.bucket_step)
@@ -153,7 +154,7 @@ def _encode(
     )
     epochs = sorted({item.epoch for item in plan})
     seen = [(pair, epoch) for epoch in epochs for pair in train] + [(pair, 0) for pair in held_out]
-    reader.encode(folder, seen, config.vae_batch_size, device)
+    reader.encode(folder, seen, config.vae_batch_size, device, advance_together(task))
     return reader
 
 

@@ -13,18 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from prefmill.core.errors import InputError
 from prefmill.core.files import digest_bytes, digest_json
 from prefmill.core.precision import Precision, torch_dtype
 from prefmill.core.stage import Metrics
-from prefmill.distributed.collectives import wait_for_all
+from prefmill.distributed.collectives import num_ranks, rank_zero_says, wait_for_all
+from prefmill.distributed.devices import rank
 from prefmill.families.sdxl.backbone import backbone_of, call_sdxl
 from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.generator import too_long
 from prefmill.families.sdxl.loading import SdxlFolder
-from prefmill.store.missing import in_batches
+from prefmill.store.missing import Progress, in_batches, missing, silent
 from prefmill.store.pictures import DECODER, cut_images, enlarged_images, open_image
 from prefmill.store.tensor_cache import TensorCache
 
@@ -86,27 +86,27 @@ def text_keys(folder: SdxlFolder, precision: Precision) -> TextKeys:
 
 def encode_images(
     images: Sequence[tuple[Path, str, bool, Size]], folder: SdxlFolder, keys: ImageKeys, cache: TensorCache,
-    batch_size: int, device: torch.device,
+    batch_size: int, device: torch.device, advance: Progress = silent,
 ) -> None:  # fmt: skip
     """Keep `latents` [C, H/8, W/8] fp32 and `time_ids` [6] fp32 of images (file, sha256, mirrored, size) not yet kept.
 
-    In a distributed run each rank does its share. Raises InputError for an image that cannot be read, or whose latents
-    are not numbers.
+    In a distributed run each rank does its share, and all stop together where `advance` raises. Raises InputError for
+    an image that cannot be read, or whose latents are not numbers.
     """
     wanted = {keys.of(digest, flip, size): (path, flip, size) for path, digest, flip, size in images}
     # By size, so that a batch holds pictures of one size.
-    missing = _own_share(sorted(wanted.items(), key=lambda item: (item[1][2], item[0])), cache)
-    if missing:
-        from diffusers import AutoencoderKL
+    left = _not_kept(sorted(wanted.items(), key=lambda item: (item[1][2], item[0])), cache)
+    if not left:
+        return
+    from diffusers import AutoencoderKL
 
-        vae = folder.load(AutoencoderKL, "vae", keys.precision).to(device).eval()
-        for part in tqdm(list(_of_one_size(missing, batch_size)), desc="encoding images", unit=" batches"):
-            read = [load_pixels(path, size, flip) for _, (path, flip, size) in part]
-            latents = encode_pixels(vae, torch.stack([pixels for pixels, _ in read]).to(device))
-            for (key, (path, _, _)), (_, time_ids), latent in zip(part, read, latents, strict=True):
-                _require_numbers(latent, path, keys.precision)
-                cache.save(key, {"latents": latent.cpu(), "time_ids": time_ids})
-    wait_for_all()
+    vae = folder.load(AutoencoderKL, "vae", keys.precision).to(device).eval()
+    for part in _own_share(list(_of_one_size(left, batch_size)), advance, "images encoded"):
+        read = [load_pixels(path, size, flip) for _, (path, flip, size) in part]
+        latents = encode_pixels(vae, torch.stack([pixels for pixels, _ in read]).to(device))
+        for (key, (path, _, _)), (_, time_ids), latent in zip(part, read, latents, strict=True):
+            _require_numbers(latent, path, keys.precision)
+            cache.save(key, {"latents": latent.cpu(), "time_ids": time_ids})
 
 
 def _of_one_size(images: Sequence[tuple[str, Any]], batch_size: int) -> Iterator[Sequence[tuple[str, Any]]]:
@@ -115,23 +115,24 @@ def _of_one_size(images: Sequence[tuple[str, Any]], batch_size: int) -> Iterator
 
 
 def encode_texts(
-    prompts: Sequence[str | None], folder: SdxlFolder, keys: TextKeys, cache: TensorCache, device: torch.device
-) -> None:
+    prompts: Sequence[str | None], folder: SdxlFolder, keys: TextKeys, cache: TensorCache, device: torch.device,
+    advance: Progress = silent,
+) -> None:  # fmt: skip
     """Keep `embeddings` [L, D] and `pooled` [P] of the prompts not yet kept, in the precision of the encoders.
 
     Prompts longer than the encoders read are told in the log.
     """
-    missing = _own_share(sorted({keys.of(prompt): prompt for prompt in prompts}.items()), cache)
-    if missing:
-        encoder = load_encoders(folder, keys.precision).to(device)
-        for key, prompt in tqdm(missing, desc="encoding prompts", unit=" prompts"):
-            # One by one: a kept embedding must not depend on which other prompts were missing at that time.
-            reads = folder.backbone.reads(folder.denoiser_settings)
-            embeddings, pooled = encode_prompt(encoder, [prompt or ""], device, **reads)
-            if prompt is None and keys.zeros:
-                embeddings, pooled = embeddings * 0, pooled * 0
-            cache.save(key, {"embeddings": embeddings[0].cpu(), "pooled": pooled[0].cpu()})
-    wait_for_all()
+    left = _not_kept(sorted({keys.of(prompt): prompt for prompt in prompts}.items()), cache)
+    if not left:
+        return
+    encoder = load_encoders(folder, keys.precision).to(device)
+    # One by one: a kept embedding must not depend on which other prompts were missing at that time.
+    for ((key, prompt),) in _own_share(in_batches(left, 1), advance, "prompts encoded"):
+        reads = folder.backbone.reads(folder.denoiser_settings)
+        embeddings, pooled = encode_prompt(encoder, [prompt or ""], device, **reads)
+        if prompt is None and keys.zeros:
+            embeddings, pooled = embeddings * 0, pooled * 0
+        cache.save(key, {"embeddings": embeddings[0].cpu(), "pooled": pooled[0].cpu()})
 
 
 def load_encoders(folder: SdxlFolder, precision: Precision) -> Any:
@@ -238,12 +239,17 @@ def tell_mirrored(prompts: Iterable[str]) -> None:
         )  # fmt: skip
 
 
-def _own_share(wanted: list[tuple[str, Any]], cache: TensorCache) -> list[tuple[str, Any]]:
-    """What is missing of this rank's part; parts are by place, so ranks that look at different times agree on them."""
-    rank, ranks = 0, 1
-    if torch.distributed.is_initialized():
-        rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return [(key, value) for key, value in wanted[rank::ranks] if not cache.holds(key)]
+def _not_kept(wanted: list[tuple[str, Any]], cache: TensorCache) -> list[tuple[str, Any]]:
+    """What is missing, as rank 0 sees it: ranks that look at different times would share it out differently."""
+    held = rank_zero_says(lambda: {key for key, _ in wanted if cache.holds(key)})
+    return [(key, value) for key, value in wanted if key not in held]
+
+
+def _own_share(batches: Sequence[Sequence[Any]], advance: Progress, unit: str) -> Iterator[Sequence[Any]]:
+    """This rank's of the batches: one a round, which all ranks end together."""
+    for together in missing(batches, lambda _: False, advance, unit, at_once=num_ranks(), size=len):
+        yield from together[rank() : rank() + 1]
+        wait_for_all()
 
 
 def _require_numbers(latent: Tensor, path: Path, precision: Precision) -> None:

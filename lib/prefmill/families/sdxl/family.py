@@ -15,6 +15,7 @@ from prefmill.families.sdxl.data import PairImages
 from prefmill.families.sdxl.encoding import ImageKeys, Size, TextKeys, encode_images, encode_texts
 from prefmill.families.sdxl.loading import SdxlFolder
 from prefmill.families.sdxl.noise import Schedule, draw
+from prefmill.store.missing import Progress, silent
 from prefmill.store.pictures import image_size
 from prefmill.store.tensor_cache import TensorCache
 from prefmill.training.batches import GroupPart, Movable
@@ -110,16 +111,18 @@ class PairReader:
         return [self.images.of(digest, flip, self.size(pair)) for digest in pair.digests]
 
     def encode(
-        self, folder: SdxlFolder, seen: Sequence[tuple[PairImages, int]], vae_batch_size: int, device: torch.device
-    ) -> None:
+        self, folder: SdxlFolder, seen: Sequence[tuple[PairImages, int]], vae_batch_size: int, device: torch.device,
+        advance: Progress = silent,
+    ) -> None:  # fmt: skip
         """Have what batches of these pairs and epochs need in the cache, and what stands for no prompt."""
         files = {
             (path, digest, self.flipped(pair, epoch), self.size(pair))
             for pair, epoch in seen
             for path, digest in zip(pair.images, pair.digests, strict=True)
         }
-        encode_images(sorted(files), folder, self.images, self.cache, vae_batch_size, device)
-        encode_texts([None, *sorted({pair.prompt for pair, _ in seen})], folder, self.texts, self.cache, device)
+        encode_images(sorted(files), folder, self.images, self.cache, vae_batch_size, device, advance)
+        prompts = [None, *sorted({pair.prompt for pair, _ in seen})]
+        encode_texts(prompts, folder, self.texts, self.cache, device, advance)
 
     def batch(self, pairs: Sequence[PairImages], epochs: Sequence[int]) -> SdxlBatch:
         """These pairs, each as its epoch has it."""

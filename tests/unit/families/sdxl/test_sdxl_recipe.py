@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from PIL import Image
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from prefmill.core.errors import ConfigError
+from prefmill.core.graceful_stop import Stopped
 from prefmill.core.image_rows import ImagePrompt
 from prefmill.demo.tiny_models import build
 from prefmill.families.sdxl.callbacks import SampleGrid, log_picture
@@ -76,6 +78,27 @@ def reader_of(folder: SdxlFolder, tmp_path: Path, pair: PairImages, bucket_step:
     encode_images(files, folder, images, reader.cache, 4, CPU)
     encode_texts([None, pair.prompt], folder, texts, reader.cache, CPU)
     return reader
+
+
+def test_encoding_tells_how_far_it_is_and_goes_on_after_a_stop(
+    folder: SdxlFolder, tmp_path: Path, pair: PairImages
+) -> None:
+    """`status` showed nothing of hours, and a stop that was asked for waited for the last picture."""
+    images, texts = ImageKeys("vae", 32, "fp32"), TextKeys("text", "fp32", zeros=True)
+    reader = PairReader(TensorCache(tmp_path / "cache"), images, texts, load_schedule(folder.path, None), seed=0)
+    heard: list[str] = []
+
+    def stop_after_one(done: int, total: int | None, unit: str) -> None:
+        heard.append(f"{done}/{total} {unit}")
+        if done == 1 and total != 1:
+            raise Stopped
+
+    for _ in range(3):
+        with contextlib.suppress(Stopped):
+            reader.encode(folder, [(pair, 0)], 1, CPU, stop_after_one)
+    pictures, prompts = ["0/2 images encoded", "1/2 images encoded"], ["0/2 prompts encoded", "1/2 prompts encoded"]
+    left = ["0/1 images encoded", "1/1 images encoded", "0/1 prompts encoded", "1/1 prompts encoded"]
+    assert heard == [*pictures, *left[:2], *prompts, *left[2:]]
 
 
 def test_captions_are_dropped_in_their_share_and_the_same_ones_each_time(
