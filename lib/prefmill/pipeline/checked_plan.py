@@ -85,8 +85,13 @@ def require_here(plan: Plan, tasks: Sequence[PlannedTask]) -> None:
 
 def require_made(plan: Plan, task: PlannedTask) -> None:
     """Raise PipelineError where tasks of the plan that `task` reads are not finished, as --only left them out."""
-    missing = [other.key for other in plan.upstream(task) if not (other.output / MANIFEST).is_file()]
-    if missing:
+
+    def unfinished(of: PlannedTask) -> set[str]:
+        found = [other for other in plan.upstream(of) if not (other.output / MANIFEST).is_file()]
+        return {other.key for other in found}.union(*map(unfinished, found))
+
+    if unfinished(task):
+        missing = [other.key for other in plan.tasks if other.key in unfinished(task)]  # the first needs none of them
         raise PipelineError(
             "what it reads is not made yet", where=f"run {plan.run}", got=f"not finished: {', '.join(missing)}",
             fix=f"leave --only out, which runs these first, or begin with --only {missing[0].partition(':')[0]}",

@@ -16,6 +16,7 @@ from prefmill.cli.doctor import check_python
 from prefmill.cli.main import main
 from prefmill.core.config import load
 from prefmill.core.errors import PrefmillError
+from prefmill.families.causal.loading import require_folder
 from prefmill.families.mdlm.config import DiffusionPreferenceConfig
 from prefmill.pipeline.checked_plan import closed, not_here, plan_to_run
 from prefmill.pipeline.manual_submission import stage_plan
@@ -260,6 +261,8 @@ def test_the_command_that_compiles_works_in_a_folder_with_a_space(
     (place := tmp_path / "my project").mkdir()
     (place / "module.py").touch()
     monkeypatch.setattr("sysconfig.get_path", lambda name: str(place))
+    not_compiled = SimpleNamespace(cached=str(place / "torch.pyc"))
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: not_compiled)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
     uncompiled = SimpleNamespace(cached=str(tmp_path / "none.pyc"))  # whatever this environment has
     monkeypatch.setattr("importlib.util.find_spec", lambda name: uncompiled)
@@ -275,9 +278,19 @@ def test_a_stage_alone_of_a_run_without_the_ones_before_it_names_them(
     """It was asked to check the path of a folder that it had not named."""
     few = "ingest_reviews.sources=[{format: generated, num_papers: 40}]"
     command = ["run", str(DEMO), f"workspace={tmp_path}", few, "--only"]
-    assert main([*command, "score_reviews"]) == 2
+    assert main([*command, "build_datasets"]) == 2
     told = capsys.readouterr().out
-    assert "got:      not finished: ingest_reviews:all\n" in told
+    assert "got:      not finished: ingest_reviews:all, score_reviews:shard0, score_reviews:shard1\n" in told
     assert "begin with --only ingest_reviews\n" in told
     assert main([*command, "ingest_reviews"]) == 0
     assert main([*command, "score_reviews"]) == 0
+
+
+@pytest.mark.parametrize("inside", ["my model", "snapshots/0a1b"])
+def test_the_folder_around_a_model_is_answered_with_the_models(inside: str, tmp_path: Path) -> None:
+    """It was told to be damaged, and to download it again."""
+    (tmp_path / inside).mkdir(parents=True)
+    (tmp_path / inside / "config.json").write_text("{}")
+    with pytest.raises(PrefmillError, match="in folders inside it") as refused:
+        require_folder(str(tmp_path))
+    require_folder(str(refused.value.details["fix"]).removeprefix("give "))

@@ -253,6 +253,16 @@ def _require_same_tokens(tokenizer: Any, adapter: Path) -> None:
         )  # fmt: skip
 
 
+def _refuse_outer(folder: Path) -> None:
+    """Raise InputError for a folder around models, as of a hub's cache or of a stage's tasks."""
+    inside = sorted(path.parent for form in ("[!.]*", "snapshots/*") for path in folder.glob(f"{form}/config.json"))
+    if inside and not any(folder.glob("*.json")):
+        raise InputError(
+            "no model is in this folder itself, but in folders inside it", where=folder,
+            expected="the folder with its config.json", fix=f"give {' or '.join(map(str, inside[:3]))}",
+        )  # fmt: skip
+
+
 def require_folder(name_or_path: str) -> None:
     """Raise InputError for what looks like a path and is no folder: a hub would be asked for it otherwise."""
     if Path(name_or_path).is_file():
@@ -261,6 +271,7 @@ def require_folder(name_or_path: str) -> None:
         )
     if looks_local(name_or_path) and not Path(name_or_path).is_dir():
         raise InputError("no such model folder", where=name_or_path, fix="check the path, or give a hub name")
+    _refuse_outer(Path(name_or_path))
     ours = ("model_index.json", "pytorch_lora_weights.safetensors")  # of diffusers
     if pictures := [name for name in ours if Path(name_or_path, name).is_file()]:
         raise InputError(
