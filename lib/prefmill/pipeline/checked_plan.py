@@ -93,7 +93,7 @@ def require_made(plan: Plan, task: PlannedTask) -> None:
     if unfinished(task):
         missing = [other.key for other in plan.tasks if other.key in unfinished(task)]  # the first needs none of them
         raise PipelineError(
-            "what it reads is not made yet", where=f"run {plan.run}", got=f"not finished: {', '.join(missing)}",
+            "what it reads is not there yet", where=f"run {plan.run}", got=f"not finished: {', '.join(missing)}",
             fix=f"leave --only out, which runs these first, or begin with --only {missing[0].partition(':')[0]}",
         )  # fmt: skip
 
