@@ -23,21 +23,42 @@ pytestmark = [pytest.mark.slow, pytest.mark.timing]
 STEPS = 1000  # seconds of signals and of looking at steps are a part of the training, however busy the machine
 
 
-@pytest.fixture
-def pipeline(tmp_path: Path) -> Path:
-    """One training of many steps that by its keys saves at the end alone."""
+@pytest.fixture(scope="module")
+def given(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model, and chats for many steps."""
+    folder = tmp_path_factory.mktemp("given")
     chats = [{"prompt": f"Paper {n}?", "completion": f"It has {n} proofs."} for n in range(4 * STEPS)]
-    write_jsonl(tmp_path / "chats.jsonl", chats)
+    write_jsonl(folder / "chats.jsonl", chats)
+    save_tiny_qwen2(folder / "model")
+    return folder
+
+
+def write_pipeline(given: Path, workspace: Path) -> Path:
+    """One training of many steps that by its keys saves at the end alone."""
     keys = {
-        "model_name_or_path": str(save_tiny_qwen2(tmp_path / "model")), "dataset": str(tmp_path / "chats.jsonl"),
+        "model_name_or_path": str(given / "model"), "dataset": str(given / "chats.jsonl"),
         "max_length": 64, "learning_rate": 1e-3, "precision": "fp32", "num_train_epochs": 1,
         "per_device_train_batch_size": 4, "effective_batch_size": 4, "logging_steps": 20, "save_steps": 500,
         "report_to": [],
     }  # fmt: skip
-    path = tmp_path / "one.yaml"
+    path = workspace / "one.yaml"
     stages = {"sft": {"set": keys}}
-    path.write_text(yaml.safe_dump({"name": "one", "workspace": str(tmp_path), "share": False, "stages": stages}))
+    path.write_text(yaml.safe_dump({"name": "one", "workspace": str(workspace), "share": False, "stages": stages}))
     return path
+
+
+@pytest.fixture
+def pipeline(given: Path, tmp_path: Path) -> Path:
+    return write_pipeline(given, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def calm(given: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a run that saves by the clock and is never interrupted leaves: no signal falls in it, so one is enough."""
+    workspace = tmp_path_factory.mktemp("calm")
+    done = prefmill("run", write_pipeline(given, workspace), "run=calm", "sft.save_minutes=0.00001")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return workspace / "checkpoints" / "calm" / "sft" / "all"
 
 
 def executed(workspace: Path, run: str) -> list[int]:
@@ -71,12 +92,12 @@ def interrupt(pipeline: Path, run: str, number: signal.Signals, at_step: int, *m
     return started.returncode, printed
 
 
-def test_an_interrupted_training_saves_and_repeats_at_most_one_step(pipeline: Path) -> None:
-    calm = prefmill("run", pipeline, "run=calm", "sft.save_minutes=0.00001")
-    assert calm.returncode == 0, calm.stdout + calm.stderr
-    kept = (pipeline.parent / "checkpoints" / "calm" / "sft" / "all").glob("checkpoint-*")
-    by_the_clock = sorted(int(path.name.removeprefix("checkpoint-")) for path in kept)
-    assert by_the_clock == [STEPS - 20, STEPS]  # where a loss is logged; two are kept
+def test_the_clock_saves_where_a_loss_is_logged(calm: Path) -> None:
+    by_the_clock = sorted(int(path.name.removeprefix("checkpoint-")) for path in calm.glob("checkpoint-*"))
+    assert by_the_clock == [STEPS - 20, STEPS]  # two are kept
+
+
+def test_an_interrupted_training_saves_and_repeats_at_most_one_step(pipeline: Path, calm: Path) -> None:
     for number, further in ((signal.SIGINT, 7), (signal.SIGTERM, 23), (signal.SIGHUP, 23)):
         code, printed = interrupt(pipeline, "cut", number, len(executed(pipeline.parent, "cut")) + further)
         assert code == 130, printed
@@ -90,7 +111,7 @@ def test_an_interrupted_training_saves_and_repeats_at_most_one_step(pipeline: Pa
     assert set(steps) == set(range(1, STEPS + 1))
     assert sum(steps.values()) <= STEPS + 3, "three interruptions, one step each"
     assert max(steps.values()) <= 2
-    made = [read(pipeline.parent / "checkpoints" / run / "sft" / "all") for run in ("calm", "cut")]
+    made = [read(folder) for folder in (calm, pipeline.parent / "checkpoints" / "cut" / "sft" / "all")]
     assert made[0].manifest.content_digest == made[1].manifest.content_digest
 
 
